@@ -1,0 +1,250 @@
+"""ESM-2's port: its formats (the original's and NVIDIA's), their mappings and configurations, its published checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from biote.convert import convert_model
+from biote.mapping import Drop, FuseQKV, LeaveOut, Mapping, PadRows, Recompute, Rename, Rule, Shared
+from biote.port import Checkpoint, Format, Json, ModelPort
+from biote.runtime.rope import inverse_frequencies
+from transformers import EsmConfig, PreTrainedModel
+
+from .esm2_te import (
+    Esm2TEConfig,
+    Esm2TEForMaskedLM,
+    Esm2TEForSequenceClassification,
+    Esm2TEForTokenClassification,
+    Esm2TEModel,
+)
+from .tokenizer import build_tokenizer
+
+WEIGHT_AND_BIAS = ("weight", "bias")
+WORDS = "model.embeddings.word_embeddings.weight"
+OUR_LAYER, HF_LAYER = "model.layers.{i}.", "esm.encoder.layer.{i}."
+NVIDIA_LAYER = "model.encoder.layers.{i}."
+HF_INV_FREQ = "rotary_embeddings.inv_freq"
+NVIDIA_VOCABULARY = 64  # rows of the vocabulary in NVIDIA's padded checkpoints
+SAME_NAMES = (  # fields that EsmConfig and ours have in common
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "pad_token_id", "mask_token_id",
+    "max_position_embeddings", "token_dropout", "tie_word_embeddings", "id2label", "label2id", "problem_type", "dtype",
+)  # fmt: skip
+
+
+def hf_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
+    """transformers' EsmModel and its heads, in every spelling that released versions wrote."""
+    rename = [
+        ("esm.contact_head.regression.{k}", "model.contact_head.regression.{k}"),
+        ("esm.encoder.emb_layer_norm_after.{k}", "model.final_norm.{k}"),
+        (HF_LAYER + "attention.LayerNorm.{k}", OUR_LAYER + "attention.qkv.layer_norm_{k}"),
+        (HF_LAYER + "attention.output.dense.{k}", OUR_LAYER + "attention.proj.{k}"),
+        (HF_LAYER + "LayerNorm.{k}", OUR_LAYER + "mlp.fc1.layer_norm_{k}"),
+        (HF_LAYER + "intermediate.dense.{k}", OUR_LAYER + "mlp.fc1.{k}"),
+        (HF_LAYER + "output.dense.{k}", OUR_LAYER + "mlp.fc2.{k}"),
+    ]
+    rules: list[Rule] = [Rename(theirs=(a,), ours=(b,)) for a, b in rename + HF_HEADS[auto]]
+    rules += [
+        Shared(
+            theirs=("esm.embeddings.word_embeddings.weight",),
+            also=("lm_head.decoder.weight",) if auto == "AutoModelForMaskedLM" else (),
+            ours=(WORDS,),
+        ),
+        FuseQKV(
+            theirs=tuple(HF_LAYER + f"attention.self.{part}.{{k}}" for part in ("query", "key", "value")),
+            ours=(OUR_LAYER + "attention.qkv.{k}",),
+            heads=config.num_attention_heads,
+        ),
+        Shared(
+            theirs=(HF_LAYER + "attention.self." + HF_INV_FREQ,),
+            also=("esm." + HF_INV_FREQ, "esm.encoder.layer.*.attention.self." + HF_INV_FREQ),
+            ours=("model.rotary.inv_freq",),
+            keep_dtype=True,
+        ),
+        Drop(theirs=("esm.embeddings.position_ids",), why="a constant 0, 1, 2, ... of old files"),
+        Drop(theirs=("esm.embeddings.position_embeddings.weight",), why="unused: ESM-2 is rotary"),
+    ]
+    if auto == "AutoModel":
+        rules.append(Drop(theirs=("esm.pooler.dense.{k}",), why="never trained: ESM-2 has no pooler"))
+    respell = [(r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")]
+    mapping = Mapping.of(*rules, respell=respell, i=range(config.num_hidden_layers), k=WEIGHT_AND_BIAS)
+    return mapping.under("esm.", "model.") if auto == "AutoModel" else mapping
+
+
+HF_HEADS: dict[str, list[tuple[str, str]]] = {
+    "AutoModel": [],
+    "AutoModelForMaskedLM": [
+        ("lm_head.dense.{k}", "lm_head.dense.{k}"),
+        ("lm_head.layer_norm.{k}", "lm_head.layer_norm.{k}"),
+        ("lm_head.bias", "lm_head.decoder.bias"),
+    ],
+    "AutoModelForTokenClassification": [("classifier.{k}", "classifier.{k}")],
+    "AutoModelForSequenceClassification": [
+        ("classifier.dense.{k}", "classifier.dense.{k}"),
+        ("classifier.out_proj.{k}", "classifier.out_proj.{k}"),
+    ],
+}
+
+
+def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
+    """The TransformerEngine checkpoints that NVIDIA publishes: no contact head, no rotary frequencies, padded vocabulary."""
+    rename = [
+        ("model.encoder.emb_layer_norm_after.{k}", "model.final_norm.{k}"),
+        (NVIDIA_LAYER + "self_attention.layernorm_qkv.{lk}", OUR_LAYER + "attention.qkv.{lk}"),
+        (NVIDIA_LAYER + "self_attention.proj.{k}", OUR_LAYER + "attention.proj.{k}"),
+        (NVIDIA_LAYER + "layernorm_mlp.layer_norm_{k}", OUR_LAYER + "mlp.fc1.layer_norm_{k}"),
+        (NVIDIA_LAYER + "layernorm_mlp.fc1_{k}", OUR_LAYER + "mlp.fc1.{k}"),
+        (NVIDIA_LAYER + "layernorm_mlp.fc2_{k}", OUR_LAYER + "mlp.fc2.{k}"),
+    ]
+    rows = {"our_rows": config.vocab_size, "their_rows": theirs.get("padded_vocab_size") or config.vocab_size}
+    rules: list[Rule] = [
+        PadRows(
+            theirs=("model.embeddings.word_embeddings.weight",),
+            also=("lm_head.decoder.weight",) if auto == "AutoModelForMaskedLM" else (),
+            ours=(WORDS,),
+            **rows,
+        ),
+        Recompute(
+            ours=("model.rotary.inv_freq",),
+            make=lambda: inverse_frequencies(config.hidden_size // config.num_attention_heads, config.rope_theta),
+            why="NVIDIA's modules recompute the frequencies",
+            keep_dtype=True,
+        ),
+        LeaveOut(ours=("model.contact_head.regression.{k}",), why="NVIDIA's layout has no contact head"),
+    ]
+    if auto == "AutoModelForMaskedLM":
+        rename += [
+            ("lm_head.dense.{k}", "lm_head.dense.{k}"),
+            ("lm_head.decoder.layer_norm_{k}", "lm_head.layer_norm.{k}"),
+        ]
+        rules.append(PadRows(theirs=("lm_head.decoder.bias",), ours=("lm_head.decoder.bias",), fill="min", **rows))
+    elif auto == "AutoModelForTokenClassification":
+        rename.append(("classifier.{k}", "classifier.{k}"))
+    rules += [Rename(theirs=(a,), ours=(b,)) for a, b in rename]
+    layer_norm_linear = ("layer_norm_weight", "layer_norm_bias", *WEIGHT_AND_BIAS)
+    mapping = Mapping.of(*rules, i=range(config.num_hidden_layers), k=WEIGHT_AND_BIAS, lk=layer_norm_linear)
+    return mapping.under("model.", "model.") if auto == "AutoModel" else mapping
+
+
+def read_hf_config(theirs: Json) -> Esm2TEConfig:
+    """EsmConfig's JSON -> ours; ValueError naming everything in it that is not ESM-2."""
+    required = {
+        "position_embedding_type": ("rotary",), "emb_layer_norm_before": (False, None), "hidden_act": ("gelu", None),
+        "is_decoder": (False, None), "add_cross_attention": (False, None), "is_folding_model": (False, None),
+    }  # fmt: skip
+    wrong = [f"{key}={theirs.get(key)!r}" for key, allowed in required.items() if theirs.get(key) not in allowed]
+    if wrong:
+        raise ValueError(f"this is an ESM model, but not an ESM-2 one: {', '.join(wrong)}")
+    return _common_config(theirs)
+
+
+def read_nvidia_config(theirs: Json) -> Esm2TEConfig:
+    """NVEsmConfig's JSON -> ours, with the exact GELU of the original (NVIDIA's modules compute `gelu_tanh`)."""
+    if theirs.get("qkv_weight_interleaved") is False:
+        raise ValueError("qkv_weight_interleaved=False: only NVIDIA's published layout, interleaved by head, is read")
+    config = _common_config(theirs)
+    config.contact_head = False
+    return config
+
+
+def _common_config(theirs: Json) -> Esm2TEConfig:
+    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in theirs]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    rope = theirs.get("rope_parameters") or {}
+    return Esm2TEConfig(
+        **{key: theirs[key] for key in SAME_NAMES if theirs.get(key) is not None},
+        rope_theta=theirs.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+    )
+
+
+def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
+    """Ours -> EsmConfig's JSON."""
+    if config.hidden_act != "gelu":
+        raise ValueError(f"hidden_act={config.hidden_act!r} has no counterpart in transformers' ESM, which has gelu (erf)")
+    if not config.contact_head:
+        raise ValueError("transformers' ESM always has a contact head, and this checkpoint lacks one (it came from NVIDIA)")
+    return {**_written(config), "model_type": "esm", "position_embedding_type": "rotary", "emb_layer_norm_before": False}
+
+
+def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
+    """Ours -> NVEsmConfig's JSON."""
+    return {
+        **_written(config), "model_type": "nv_esm", "position_embedding_type": "rotary", "emb_layer_norm_before": False,
+        "qkv_weight_interleaved": True, "encoder_activation": "gelu", "padded_vocab_size": NVIDIA_VOCABULARY,
+        "attn_input_format": "bshd", "fuse_qkv_params": True,
+    }  # fmt: skip
+
+
+def _written(config: Esm2TEConfig) -> Json:
+    everything = config.to_dict()
+    names = [*SAME_NAMES, "rope_theta", "eos_token_id"]
+    return {"hidden_act": "gelu", **{name: everything[name] for name in names if everything.get(name) is not None}}
+
+
+def build_hf(theirs: Json, auto: str) -> PreTrainedModel:
+    """The original implementation for a config.json."""
+    config = EsmConfig.from_dict(theirs)
+    if auto == "AutoModel":
+        return transformers.EsmModel(config, add_pooling_layer=False)
+    return getattr(transformers, HF_CLASSES[auto])(config)
+
+
+HF_CLASSES = {
+    "AutoModel": "EsmModel",
+    "AutoModelForMaskedLM": "EsmForMaskedLM",
+    "AutoModelForTokenClassification": "EsmForTokenClassification",
+    "AutoModelForSequenceClassification": "EsmForSequenceClassification",
+}
+NVIDIA_CLASSES = {
+    "AutoModel": "NVEsmModel",
+    "AutoModelForMaskedLM": "NVEsmForMaskedLM",
+    "AutoModelForTokenClassification": "NVEsmForTokenClassification",
+}
+
+
+def _published(tag: str, parameters: str, cameo: str, casp14: str) -> Checkpoint:
+    facts = {"parameters": parameters, "CAMEO contact precision": cameo, "CASP14 contact precision": casp14}
+    return Checkpoint(f"facebook/{tag}", facts=facts)
+
+
+PORT = ModelPort(
+    name="esm2",
+    title="ESM-2",
+    package="esm2",
+    config_class=Esm2TEConfig,
+    classes={
+        "AutoModel": Esm2TEModel,
+        "AutoModelForMaskedLM": Esm2TEForMaskedLM,
+        "AutoModelForTokenClassification": Esm2TEForTokenClassification,
+        "AutoModelForSequenceClassification": Esm2TEForSequenceClassification,
+    },
+    formats={
+        "hf": Format("esm", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf),
+        "nvidia": Format("nv_esm", NVIDIA_CLASSES, nvidia_mapping, read_nvidia_config, write_nvidia_config),
+    },
+    tags={
+        tag: _published(tag, *facts)
+        for tag, *facts in [
+            ("esm2_t6_8M_UR50D", "7,512,353", "0.48", "0.37"),
+            ("esm2_t12_35M_UR50D", "33,501,153", "0.56", "0.41"),
+            ("esm2_t30_150M_UR50D", "148,139,553", "0.65", "0.49"),
+            ("esm2_t33_650M_UR50D", "651,042,593", "0.70", "0.51"),
+            ("esm2_t36_3B_UR50D", "2,839,004,193", "0.72", "0.52"),
+            ("esm2_t48_15B_UR50D", "15,129,098,273", "0.72", "0.55"),
+        ]
+    },
+    build_tokenizer=build_tokenizer,
+    example_inputs=("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLIEVQAPIL", "GSHMLE<mask>PQ"),
+    directory=Path(__file__).parents[2],
+)
+
+
+def convert_hf_to_te(model_hf: PreTrainedModel, **config_kwargs: Any) -> PreTrainedModel:
+    """An Esm... model of transformers -> the Esm2TE... model of the same head; config_kwargs set fields of Esm2TEConfig."""
+    return convert_model(PORT, model_hf, "te", config_kwargs)
+
+
+def convert_te_to_hf(model_te: PreTrainedModel, **config_kwargs: Any) -> PreTrainedModel:
+    """An Esm2TE... model -> transformers' Esm... model of the same head; config_kwargs set fields of EsmConfig."""
+    return convert_model(PORT, model_te, "hf", config_kwargs)

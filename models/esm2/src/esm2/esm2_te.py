@@ -1,0 +1,165 @@
+"""ESM-2 (Lin et al. 2023, Science 379:1123) on TransformerEngine or PyTorch layers.
+
+Reproduces `transformers`' EsmModel family for ESM-2 checkpoints (rotary positions, token dropout, pre-norm).
+Shapes: B batch, S padded length, T packed tokens, N hidden size, V vocabulary, H heads.
+"""
+
+import torch
+from biote.runtime.modeling import (
+    EncoderConfig,
+    EncoderModel,
+    MaskedLMModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
+from biote.runtime.packing import Packing
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TRAINED_MASK_RATIO = 0.15 * 0.8  # share of tokens that were <mask> while ESM-2 was trained
+
+
+@strict
+class Esm2TEConfig(EncoderConfig):
+    """Configuration of ESM-2; the defaults are the 8M model's.
+
+    token_dropout: zero the embeddings of <mask> and rescale the rest, as in training.
+    contact_head: False for checkpoints that never had one (NVIDIA's); `predict_contacts` then raises.
+    """
+
+    model_type = "esm2_te"
+
+    mask_token_id: int = 32
+    cls_token_id: int = 0
+    eos_token_id: int | list[int] | None = 2
+    max_position_embeddings: int = 1026
+    rope_theta: float = 10000.0
+    token_dropout: bool = True
+    contact_head: bool = True
+    tie_word_embeddings: bool = True
+
+
+class Embeddings(nn.Module):
+    """Word embeddings with ESM-2's token dropout."""
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.mask_token_id = config.mask_token_id if config.token_dropout else None
+
+    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, packing: Packing) -> Tensor:
+        """input_ids [T] or inputs_embeds [T, N] -> [T, N]; given embeddings are used as they are."""
+        if input_ids is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
+        x = self.word_embeddings(input_ids)
+        if self.mask_token_id is None:
+            return x
+        is_mask = input_ids == self.mask_token_id
+        lengths = packing.cu_seqlens.diff()
+        counts = torch.zeros_like(lengths, dtype=torch.float32)
+        counts.index_add_(0, packing.sequence_of_token, is_mask.float())
+        kept = (1 - counts / lengths)[packing.sequence_of_token, None]  # float32, as in the original
+        return (x.masked_fill(is_mask[:, None], 0.0) * (1 - TRAINED_MASK_RATIO) / kept).to(x.dtype)
+
+
+class ContactHead(nn.Module):
+    """Logistic regression over the symmetrised, average-product-corrected attention maps of all layers and heads."""
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__()
+        self.regression = nn.Linear(config.num_hidden_layers * config.num_attention_heads, 1)
+
+    def forward(self, attentions: Tensor) -> Tensor:
+        """attentions [B, layers * H, S, S] -> contact probabilities [B, S, S]."""
+        maps = attentions + attentions.mT
+        rows, columns, total = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True), maps.sum((-1, -2), keepdim=True)
+        corrected = maps - rows * columns / total
+        return self.regression(corrected.permute(0, 2, 3, 1)).squeeze(-1).sigmoid()
+
+
+class Esm2TEModel(EncoderModel):
+    """The encoder: embeddings, pre-norm blocks, final norm. Its last hidden state is ESM-2's protein embedding."""
+
+    config_class = Esm2TEConfig
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__(config, rope_base=config.rope_theta)
+        self.embeddings = Embeddings(config)
+        self.contact_head = ContactHead(config) if config.contact_head else None
+        self.post_init()
+
+    def predict_contacts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """tokens int64 [B, S] with <cls> first, in right-padded rows -> contact probabilities [B, S - 2, S - 2]."""
+        if self.contact_head is None:
+            raise ValueError("this checkpoint has no contact head: convert the original (facebook/...) to get one")
+        maps = self(tokens, attention_mask=attention_mask, output_attentions=True, return_dict=True).attentions
+        stacked = torch.cat(maps, 1)  # [B, layers * H, S, S]
+        is_eos = (tokens == self.config.eos_token_id)[:, None]  # [B, 1, S]
+        stacked = stacked.masked_fill(is_eos[..., None] | is_eos[..., None, :], 0.0)
+        return self.contact_head(stacked[..., 1:-1, 1:-1])
+
+
+class LMHead(nn.Module):
+    """Dense, GELU, layer norm, then the decoder, whose weight is the word embeddings'."""
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, N] -> [T, V]."""
+        return self.decoder(self.layer_norm(F.gelu(self.dense(x))))
+
+
+class Esm2TEForMaskedLM(MaskedLMModel):
+    config_class = Esm2TEConfig
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__(config)
+        self.model = Esm2TEModel(config)
+        self.lm_head = LMHead(config)
+        self.post_init()
+
+    def predict_contacts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As `Esm2TEModel.predict_contacts`."""
+        return self.model.predict_contacts(tokens, attention_mask)
+
+
+class Esm2TEForTokenClassification(TokenClassificationModel):
+    config_class = Esm2TEConfig
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__(config)
+        self.model = Esm2TEModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class ClassificationHead(nn.Module):
+    """Dropout, dense, tanh, dropout, projection to the labels; input is the <cls> token."""
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N] -> [B, C]."""
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+
+
+class Esm2TEForSequenceClassification(SequenceClassificationModel):
+    config_class = Esm2TEConfig
+
+    def __init__(self, config: Esm2TEConfig):
+        super().__init__(config)
+        self.model = Esm2TEModel(config)
+        self.classifier = ClassificationHead(config)
+        self.post_init()

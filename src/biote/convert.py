@@ -1,0 +1,249 @@
+"""Conversion by a port's mapping: between models in memory, and streamed between folders of safetensors shards.
+
+A conversion reads config.json and safetensors only; it never runs a checkpoint's own code.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .files import CheckpointReader, new_folder, read_json, write_checkpoint
+from .mapping import Mapping, MappingError, Plan, Specs, refuse_nan
+from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
+from .runtime.modeling import EncoderConfig
+
+FIVE_GB = 5 * 10**9
+WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.txt", "tokenizer*.json", "special_tokens*.json"]
+
+
+def locate(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The local folder of a checkpoint named by folder, tag or Hub id; what is not here is downloaded.
+
+    Raises FileNotFoundError or ConnectionError that say what was looked for.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        tagged = find_tag(str(source))
+        if tagged:
+            checkpoint = tagged[1]
+            source, revision = checkpoint.repo_id, revision or checkpoint.revision
+            subfolder = subfolder or checkpoint.subfolder
+        path = _download(str(source), revision, subfolder)
+    path = path / subfolder if subfolder else path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder")
+    return path
+
+
+def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path:
+    wanted = [f"{subfolder}/{pattern}" for pattern in WANTED] if subfolder else WANTED
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id} is neither a folder, nor a known tag, nor a Hub id") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"the Hub has no repository {repo_id} that you may read") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        raise ConnectionError(f"{repo_id} is not a local folder and the Hub could not be reached: {reason}") from error
+
+
+def state_specs(cls: type[PreTrainedModel], config: EncoderConfig) -> dict[str, Tensor]:
+    """The keys, shapes and dtypes of a model's checkpoint as meta tensors, tied copies left out."""
+    config = type(config).from_dict({**config.to_dict(), "engine": "torch"})
+    with torch.device("meta"), no_init_weights():
+        model = cls(config)
+    return own_state(model)
+
+
+def own_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of a model without the keys that are tied to others."""
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+
+
+class Conversion:
+    """One conversion between a foreign format and our layout, planned and checked: nothing has moved yet."""
+
+    def __init__(self, port: ModelPort, source: Specs, config: Json, to: str, config_kwargs: Json, where: str):
+        self.port, self.to = port, to
+        self.source_format, self.auto = identify(config, port.name)[1:]
+        if (self.source_format == TE) == (to == TE):
+            raise ValueError(f"{where} is in the {self.source_format!r} format; one side of a conversion must be 'te'")
+        self.config, self.their_config, mapping = self._read_configs(config, config_kwargs)
+        if to == TE:
+            target = state_specs(port.classes[self.auto], self.config)
+            self.plan: Plan = mapping.plan(source, target, "from", where)
+        else:
+            self.plan = mapping.plan(source, None, "to", where)
+
+    def _read_configs(self, config: Json, config_kwargs: Json) -> tuple[EncoderConfig, Json, Mapping]:
+        port, auto = self.port, self.auto
+        if self.to == TE:
+            form = port.formats[self.source_format]
+            _refuse_unknown_fields(port.config_class, config_kwargs)
+            fields_read = form.read_config(config).to_dict()
+            if "num_labels" in config_kwargs:  # the source's label names no longer fit
+                fields_read = {key: value for key, value in fields_read.items() if key not in ("id2label", "label2id")}
+            ours = port.config_class.from_dict({**fields_read, **config_kwargs})
+            ours.architectures = [port.classes[auto].__name__]
+            theirs = config
+        else:
+            form = port.formats[self.to]
+            if auto not in form.architectures:
+                raise ValueError(f"the {self.to!r} format of {port.name} has no counterpart of {port.classes[auto].__name__}")
+            ours = port.config_class.from_dict(config)
+            theirs = {**form.write_config(ours, auto), **config_kwargs, "architectures": [form.architectures[auto]]}
+        return ours, theirs, form.mapping(ours, theirs, auto)
+
+    @property
+    def target_config(self) -> Json:
+        """The config.json of the result."""
+        return self.config.to_diff_dict() if self.to == TE else self.their_config
+
+    def tensors(self, read: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Convert tensor by tensor; `read(keys)` gives the source's."""
+        for step in self.plan.steps:
+            sources = read(step.sources)
+            for key, tensor in zip(step.sources, sources, strict=True):
+                refuse_nan(key, tensor)
+            cast = None if step.rule.keep_dtype else dtype
+            for key, tensor in zip(step.targets, step.apply(sources), strict=True):
+                yield key, tensor.to(cast) if cast and tensor.is_floating_point() else tensor
+
+    def specs(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Meta tensors of the result, in the order they come."""
+        kept = {key for step in self.plan.steps if step.rule.keep_dtype for key in step.targets}
+        return {
+            key: spec.to(dtype) if dtype and spec.is_floating_point() and key not in kept else spec
+            for key, spec in self.plan.made.items()
+        }
+
+
+def convert_folder(
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    port_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = FIVE_GB,
+) -> None:
+    """Convert a checkpoint folder into a new one, one tensor in memory at a time; `destination` appears whole or not.
+
+    to: "te" or one of the port's foreign formats; between two foreign formats it goes by way of "te".
+    dtype: None keeps each tensor's.
+    """
+    with new_folder(destination) as partial:
+        convert_into(source, partial, to, port_name=port_name, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def convert_into(
+    source: Path,
+    folder: Path,
+    to: str,
+    *,
+    port_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = FIVE_GB,
+) -> None:
+    """As `convert_folder`, into a folder that exists."""
+    config = read_json(source / "config.json")
+    port, source_format, _ = identify(config, port_name)
+    if to not in port.format_names:
+        raise ValueError(f"unknown format {to!r}; {port.name} has {', '.join(port.format_names)}")
+    if to == source_format:
+        raise ValueError(f"{source} is in the {to!r} format already")
+    if TE not in (to, source_format):
+        with new_folder(folder / "te") as between:
+            convert_into(source, between, TE, port_name=port.name, dtype=dtype)
+        convert_into(folder / "te", folder, to, port_name=port.name, max_shard_bytes=max_shard_bytes)
+        shutil.rmtree(folder / "te")
+        return
+    reader = CheckpointReader(source)
+    conversion = Conversion(port, reader.specs, config, to, {}, str(source))
+    specs = conversion.specs(dtype)
+    quiet = not sys.stderr.isatty()
+    tensors = track(
+        conversion.tensors(reader.read, dtype), f"converting to {to}", len(specs),
+        console=Console(stderr=True), disable=quiet, transient=True,
+    )  # fmt: skip
+    write_checkpoint(folder, specs, tensors, max_shard_bytes)
+    target_config = dict(conversion.target_config)
+    if dtype:
+        target_config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(target_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    port.build_tokenizer().save_pretrained(folder)
+
+
+def convert_model(port: ModelPort, model: PreTrainedModel, to: str, config_kwargs: Json) -> PreTrainedModel:
+    """Convert a model in memory to `to` ("te", or a format with an implementation); it shares no storage with `model`."""
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    state = own_state(model)
+    conversion = Conversion(port, {k: t.to("meta") for k, t in state.items()}, config, to, config_kwargs, type(model).__name__)
+    made = {key: tensor.clone() for key, tensor in conversion.tensors(lambda keys: [state[key] for key in keys])}
+    dtype = model.dtype
+    if to == TE:
+        return port.classes[conversion.auto].from_pretrained(None, config=conversion.config, state_dict=made, dtype=dtype)
+    build = port.formats[to].build
+    if build is None:
+        raise ValueError(f"there is no implementation of the {to!r} format of {port.name} here; convert folders instead")
+    with no_init_weights():
+        original = build(conversion.their_config, conversion.auto)
+    missing, unexpected = original.load_state_dict(made, strict=False)
+    missing = [key for key in missing if key not in (original._tied_weights_keys or {})]
+    if missing or unexpected:
+        raise MappingError(to, [f"missing {key}" for key in missing] + [f"unknown {key}" for key in unexpected])
+    original.tie_weights()
+    return original.to(dtype).eval()
+
+
+def load_original(
+    cls: type[PreTrainedModel],
+    source: str | Path,
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    config_kwargs: Json,
+) -> PreTrainedModel:
+    """Load an original checkpoint into a port's class. A head that `cls` does not have is left behind."""
+    folder = locate(source, revision, subfolder)
+    config = read_json(folder / "config.json")
+    port = _port_of(cls)
+    reader = CheckpointReader(folder)
+    conversion = Conversion(port, reader.specs, config, TE, config_kwargs, str(folder))
+    state = dict(conversion.tensors(reader.read))
+    if cls is not port.classes[conversion.auto]:
+        state = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.dim() > 1}
+    return cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or dtypes.pop()).to(device)
+
+
+def _port_of(cls: type[PreTrainedModel]) -> ModelPort:
+    for port in installed_ports().values():
+        if cls in port.classes.values():
+            return port
+    raise ValueError(f"no installed port has the class {cls.__name__}")
+
+
+def _refuse_unknown_fields(config_class: type[EncoderConfig], given: Json) -> None:
+    known = {field.name for field in fields(config_class)} | {"num_labels", "id2label", "label2id", "problem_type"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise TypeError(f"{config_class.__name__} has no field {', '.join(unknown)}")

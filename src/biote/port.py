@@ -1,0 +1,120 @@
+"""ModelPort: everything the tools need to know of one model. Ports are found by the entry point group `biote.ports`."""
+
+from collections.abc import Callable, Mapping as MappingABC
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .mapping import Mapping
+from .runtime.modeling import EncoderConfig
+
+Json = dict[str, Any]
+TE = "te"  # the name of our own layout among a port's formats
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published original. `facts` are shown on the model card, by name."""
+
+    repo_id: str
+    revision: str = "main"
+    subfolder: str | None = None
+    facts: MappingABC[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout that the model's checkpoints have in the wild.
+
+    architectures: class name in config.json by Auto class ("AutoModelForMaskedLM": "EsmForMaskedLM").
+    mapping: (our config, its config.json, Auto class) -> Mapping; read_config: its config.json -> our config;
+    write_config: (our config, Auto class) -> its config.json.
+    build: (config.json, Auto class) -> the original implementation with weights yet to be loaded, where there is one.
+    """
+
+    model_type: str
+    architectures: MappingABC[str, str]
+    mapping: Callable[[EncoderConfig, Json, str], Mapping]
+    read_config: Callable[[Json], EncoderConfig]
+    write_config: Callable[[EncoderConfig, str], Json]
+    build: Callable[[Json, str], PreTrainedModel] | None = None
+
+
+@dataclass(frozen=True)
+class ModelPort:
+    """One model: its classes by Auto class, its foreign formats, its published checkpoints, its tokenizer.
+
+    example_inputs: token ids for golden values, as texts the tokenizer understands.
+    directory: the model's folder in the repository, which holds model_readme.md and LICENSE.
+    """
+
+    name: str
+    title: str
+    package: str
+    config_class: type[EncoderConfig]
+    classes: MappingABC[str, type[PreTrainedModel]]
+    formats: MappingABC[str, Format]
+    tags: MappingABC[str, Checkpoint]
+    build_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    example_inputs: tuple[str, ...]
+    directory: Path
+
+    def architectures(self, format_name: str) -> MappingABC[str, str]:
+        """Class name by Auto class, for a foreign format or our own."""
+        if format_name == TE:
+            return {auto: cls.__name__ for auto, cls in self.classes.items()}
+        return self.formats[format_name].architectures
+
+    def model_type(self, format_name: str) -> str:
+        return self.config_class.model_type if format_name == TE else self.formats[format_name].model_type
+
+    @property
+    def format_names(self) -> list[str]:
+        return [TE, *self.formats]
+
+
+def installed_ports() -> dict[str, ModelPort]:
+    """All ports installed beside biote, by name."""
+    return {entry.name: entry.load() for entry in sorted(entry_points(group="biote.ports"), key=lambda e: e.name)}
+
+
+def port_named(name: str) -> ModelPort:
+    """The port of that name; ValueError listing those there are."""
+    ports = installed_ports()
+    if name not in ports:
+        raise ValueError(f"unknown port {name!r}; installed: {', '.join(ports) or 'none (pip install -e models/...)'}")
+    return ports[name]
+
+
+def find_tag(tag: str) -> tuple[ModelPort, Checkpoint] | None:
+    """The port and checkpoint that a tag names, if any."""
+    for port in installed_ports().values():
+        if tag in port.tags:
+            return port, port.tags[tag]
+    return None
+
+
+def identify(config: Json, port_name: str | None = None) -> tuple[ModelPort, str, str]:
+    """Read a config.json: (port, format, Auto class). ValueError where it fits no port, or several and none is named."""
+    ports = [port_named(port_name)] if port_name else list(installed_ports().values())
+    model_type, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
+    known = [(port, name) for port in ports for name in port.format_names]
+    fits = [(port, name) for port, name in known if port.model_type(name) == model_type]
+    if not fits:
+        understood = sorted({port.model_type(name) for port, name in known})
+        raise ValueError(f"model_type {model_type!r} fits no port; understood: {', '.join(understood) or 'none'}")
+    autos = [
+        (port, name, auto)
+        for port, name in fits
+        for auto, class_name in port.architectures(name).items()
+        if class_name == architecture
+    ]
+    if not autos:
+        offered = [class_name for port, name in fits for class_name in port.architectures(name).values()]
+        raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(offered)}")
+    if len({port.name for port, _, _ in autos}) > 1:
+        raise ValueError(f"model_type {model_type!r} fits {', '.join(p.name for p, _, _ in autos)}; say --port NAME")
+    return autos[0]

@@ -1,0 +1,61 @@
+"""The layers of a block from TransformerEngine: the names, arguments and parameter names of `layers_torch`.
+
+Shapes: T packed tokens, H heads, D head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .packing import Packing
+
+try:
+    import transformer_engine.pytorch as te
+except ImportError as error:
+    raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
+
+
+def _placement() -> dict[str, Any]:
+    """TE builds on "cuda" unless told; follow torch's default device (meta during from_pretrained) instead."""
+    return {"device": torch.empty(0).device}
+
+
+class _PlainState:
+    """Keeps TE's `_extra_state` (fp8 histories, pickled) out of checkpoints, which hold tensors only."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+
+class LayerNorm(_PlainState, te.LayerNorm):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__(hidden_size, eps=eps, **_placement())
+
+
+class Linear(_PlainState, te.Linear):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias=bias, **_placement())
+
+
+class LayerNormLinear(_PlainState, te.LayerNormLinear):
+    """Layer norm, then a linear layer, fused."""
+
+    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
+        super().__init__(in_features, out_features, eps=eps, bias=bias, **_placement())
+
+
+class DotProductAttention(_PlainState, te.DotProductAttention):
+    """Softmax attention within each packed sequence; queries come scaled."""
+
+    def __init__(self, num_heads: int, head_dim: int, dropout: float):
+        super().__init__(
+            num_heads, head_dim, attention_dropout=dropout, qkv_format="thd", attn_mask_type="padding", softmax_scale=1.0
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]."""
+        bounds, longest = packing.cu_seqlens, packing.max_seqlen
+        return super().forward(
+            q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        )

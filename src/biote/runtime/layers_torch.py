@@ -1,0 +1,61 @@
+"""The layers of a block in plain PyTorch: the names, arguments and parameter names of `layers_te`, on any device.
+
+Shapes: T packed tokens, H heads, D head dim, L length of one sequence.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .packing import Packing
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+LayerNorm = nn.LayerNorm
+Linear = nn.Linear
+
+
+class LayerNormLinear(nn.Module):
+    """Layer norm, then a linear layer; one module, as TransformerEngine fuses them."""
+
+    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
+        self.layer_norm_bias = nn.Parameter(torch.zeros(in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        return F.linear(x, self.weight, self.bias)
+
+
+class DotProductAttention(nn.Module):
+    """Softmax attention within each packed sequence; queries come scaled."""
+
+    def __init__(self, num_heads: int, head_dim: int, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]."""
+        dropout = self.dropout if self.training else 0.0
+        if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
+            bounds, longest = packing.cu_seqlens, packing.max_seqlen
+            return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0).flatten(1)
+        lengths = packing.lengths
+        if min(lengths) == max(lengths):
+            batch = (len(lengths), lengths[0])
+            q, k, v = (x.unflatten(0, batch).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+            context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=1.0)
+            return context.transpose(1, 2).flatten(0, 1).flatten(1)
+        pieces = []
+        for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            qi, ki, vi = (x.transpose(0, 1)[None] for x in one)  # [1, H, L, D]
+            pieces.append(F.scaled_dot_product_attention(qi, ki, vi, dropout_p=dropout, scale=1.0)[0].transpose(0, 1))
+        return torch.cat(pieces).flatten(1)

@@ -1,0 +1,389 @@
+"""What every port's PreTrainedModel shares: configuration, loading, the packed encoder, and the task heads' forward.
+
+Shapes: B batch, S padded length, T packed tokens, N hidden size, V vocabulary, C labels.
+Packed input is one row [1, T] with HF's flash-attention arguments (cu_seq_lens_q/k, max_length_q/k); outputs have the
+shape of the input: [B, S, ...] for padded rows (zeros where there is no token), [1, T, ...] for packed ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from .block import ACTIVATIONS, TransformerBlock
+from .engine import ENGINES, layers_of, resolve_engine
+from .packing import Packing, plan_packing
+from .rope import RotaryEmbedding, inverse_frequencies
+
+
+@strict
+class EncoderConfig(PreTrainedConfig):
+    """Fields that every port's configuration has.
+
+    engine: "te" (TransformerEngine), "torch" (plain PyTorch) or "auto" (te where it can run).
+    hidden_act: "gelu" is the exact erf form; "gelu_tanh" its tanh approximation, asked for by name.
+    """
+
+    vocab_size: int = 33
+    hidden_size: int = 320
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 20
+    intermediate_size: int = 1280
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 1
+    engine: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads")
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class Encoded:
+    """What the encoder gives a head, packed."""
+
+    last: Tensor  # [T, N]
+    packing: Packing
+    hidden_states: tuple[Tensor, ...] | None  # in the caller's rows
+    attentions: tuple[Tensor, ...] | None  # [B, H, S, S] each
+
+
+class BiotePreTrainedModel(PreTrainedModel):
+    """Loading and saving. A weight that the checkpoint lacks is an error, except a new task head, which HF reports."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ["TransformerBlock"]
+    _keep_in_fp32_modules_strict = {"rotary"}
+    _input_embed_layer = "word_embeddings"
+    _new_head: str | None = None  # the module that may be absent from a checkpoint of another architecture
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a missing weight raises ValueError instead of being drawn at random."""
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        head_is_new = cls._new_head is not None and cls.__name__ not in (model.config.architectures or [])
+        missing = [
+            key for key in sorted(info["missing_keys"]) if not (head_is_new and key.startswith(f"{cls._new_head}."))
+        ]
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}: {', '.join(missing)}"
+            )
+        return (model, info) if with_info else model
+
+    @classmethod
+    def from_original(
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        **config_kwargs: Any,
+    ) -> Any:
+        """Load an original checkpoint (tag, Hub id or local folder) directly; needs the `biote` package.
+
+        dtype: None keeps the checkpoint's. config_kwargs: fields of this port's configuration, as engine="torch".
+        """
+        try:
+            from biote.convert import load_original
+        except ImportError as error:
+            raise ImportError("from_original converts with the biote package, which is not installed") from error
+        return load_original(
+            cls, source, revision=revision, subfolder=subfolder, dtype=dtype, device=device, config_kwargs=config_kwargs
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            super()._init_weights(module)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, inverse_frequencies(module.head_dim, module.base))
+        else:  # by name, so that both engines' layers start alike
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    init.zeros_(parameter)
+                elif parameter.dim() == 1:
+                    init.ones_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+class EncoderModel(BiotePreTrainedModel):
+    """Embeddings, blocks and final norm over packed tokens. A port adds `embeddings` and whatever else it has."""
+
+    embeddings: nn.Module  # called with (input_ids [T] or None, inputs_embeds [T, N] or None, packing) -> [T, N]
+
+    def __init__(self, config: EncoderConfig, rope_base: float):
+        super().__init__(config)
+        self.engine = resolve_engine(config.engine)
+        layers = layers_of(self.engine)
+        self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, rope_base)
+        self.layers = nn.ModuleList(TransformerBlock(config, layers) for _ in range(config.num_hidden_layers))
+        self.final_norm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        cu_seq_lens_k: Tensor | None,
+        max_length_q: int | None,
+        max_length_k: int | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+    ) -> Encoded:
+        """Pack once, run the blocks on real tokens only. Heads call this; users call the model."""
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        packing = plan_packing(
+            inputs, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+        )
+        tokens = packing.pack(inputs)
+        if input_ids is not None:
+            self._check_token_ids(tokens)
+            x = self.embeddings(tokens, None, packing)
+        else:
+            x = self.embeddings(None, tokens, packing)
+        self._check_engine(x)
+        rotary = self.rotary(packing.positions)
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        states, attentions = [], []
+        for layer in self.layers:
+            if keep_states:
+                states.append(packing.unpack(x))
+            if keep_attentions:
+                attentions.append(layer.attention.probabilities(x, packing, rotary))
+            x = layer(x, packing, rotary)
+        x = self.final_norm(x)
+        if keep_states:
+            states.append(packing.unpack(x))
+        return Encoded(
+            x, packing, tuple(states) if keep_states else None, tuple(attentions) if keep_attentions else None
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple:
+        """Last hidden state [B, S, N] (or packed [1, T, N]); the arguments are those of `plan_packing`.
+
+        hidden_states: the embeddings, each block's output, the last one after the final norm.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
+            max_length_k, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        output = BaseModelOutput(
+            last_hidden_state=encoded.packing.unpack(encoded.last),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return _returned(output, self.config, return_dict)
+
+    def _check_token_ids(self, tokens: Tensor) -> None:
+        low, high = (int(x) for x in torch.stack(tokens.aminmax()).tolist())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 to {self.config.vocab_size - 1})")
+
+    def _check_engine(self, x: Tensor) -> None:
+        if self.engine != "te":
+            return
+        if not x.is_cuda:
+            raise RuntimeError('engine="te" runs on CUDA only: model.to("cuda"), or load it with engine="torch"')
+        if x.dtype == torch.float64:
+            raise RuntimeError('engine="te" has no float64: use engine="torch" for reference runs')
+
+
+class MaskedLMModel(BiotePreTrainedModel):
+    """Forward of a port's ...ForMaskedLM, which owns `model` and `lm_head`."""
+
+    model: EncoderModel
+    lm_head: nn.Module
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput | tuple:
+        """Logits [B, S, V]; loss is the mean cross-entropy over labels (int64 [B, S]) other than -100 on real tokens."""
+        encoded = self.model.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
+            max_length_k, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.lm_head(encoded.last)  # [T, V]
+        output = MaskedLMOutput(
+            loss=_token_loss(logits, labels, encoded.packing),
+            logits=encoded.packing.unpack(logits),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return _returned(output, self.config, return_dict)
+
+
+class TokenClassificationModel(BiotePreTrainedModel):
+    """Forward of a port's ...ForTokenClassification, which owns `model`, `dropout` and `classifier`."""
+
+    model: EncoderModel
+    dropout: nn.Module
+    classifier: nn.Module
+    _new_head = "classifier"
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TokenClassifierOutput | tuple:
+        """Logits [B, S, C]; loss is the mean cross-entropy over labels (int64 [B, S]) other than -100 on real tokens."""
+        encoded = self.model.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
+            max_length_k, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(encoded.last))  # [T, C]
+        output = TokenClassifierOutput(
+            loss=_token_loss(logits, labels, encoded.packing),
+            logits=encoded.packing.unpack(logits),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return _returned(output, self.config, return_dict)
+
+
+class SequenceClassificationModel(BiotePreTrainedModel):
+    """Forward of a port's ...ForSequenceClassification, which owns `model` and `classifier`."""
+
+    model: EncoderModel
+    classifier: nn.Module
+    _new_head = "classifier"
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """Logits [B, C] from each sequence's first token; loss by `config.problem_type`, or by num_labels and dtype.
+
+        labels: int64 [B] (classes), float [B, C] (several labels at once) or float [B] / [B, C] (regression).
+        """
+        encoded = self.model.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
+            max_length_k, output_attentions, output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(encoded.last[encoded.packing.first_tokens])  # [B, C]
+        output = SequenceClassifierOutput(
+            loss=_sequence_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return _returned(output, self.config, return_dict)
+
+
+def _returned(output: Any, config: PreTrainedConfig, return_dict: bool | None) -> Any:
+    as_dict = config.return_dict if return_dict is None else return_dict
+    return output if as_dict else output.to_tuple()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Losses are taken in float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _token_loss(logits: Tensor, labels: Tensor | None, packing: Packing) -> Tensor | None:
+    if labels is None:
+        return None
+    return F.cross_entropy(_wide(logits), packing.pack(labels.to(logits.device)))
+
+
+def _sequence_loss(logits: Tensor, labels: Tensor | None, config: PreTrainedConfig) -> Tensor | None:
+    if labels is None:
+        return None
+    logits, labels = _wide(logits), labels.to(logits.device)
+    problem = config.problem_type
+    if problem is None and config.num_labels == 1:
+        problem = "regression"
+    elif problem is None:
+        problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if problem == "single_label_classification":
+        return F.cross_entropy(logits, labels.view(-1))
+    labels = labels.to(logits.dtype).view_as(logits)
+    if problem == "regression":
+        return F.mse_loss(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels)

@@ -1,0 +1,59 @@
+"""Rotary position embedding, half convention: dimension i turns together with dimension i + D/2.
+
+Source: Su et al. 2021 (RoFormer), as used by ESM-2.
+Shapes: T packed tokens, H heads, D head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def inverse_frequencies(head_dim: int, base: float) -> Tensor:
+    """base^(-2i/D) for i < D/2, float32 [D/2]."""
+    return 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of each position. `inv_freq` is part of the checkpoint: published models hold values rounded to fp16."""
+
+    def __init__(self, head_dim: int, base: float):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", torch.empty(head_dim // 2, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.inv_freq.is_meta:
+            self.inv_freq.copy_(inverse_frequencies(self.head_dim, self.base))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        """Moves with the model but stays float32: bf16 frequencies would turn position 1000 by radians."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact.dtype:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """int [T] -> cosines and sines, float32 [T, D/2]."""
+        angles = positions[:, None].float() * self.inv_freq.float()
+        return angles.cos(), angles.sin()
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:
+    """Turn queries or keys [T, H, D] by the angles of their tokens (cos, sin: [T, D/2]), times `scale`; in float32.
+
+    The original, too, rounds a float64 query to float32 at this point: doing likewise gives the same numbers.
+    """
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
+    dtype = x.dtype
+    if dtype == torch.float64:
+        cos, sin = cos.double(), sin.double()
+    else:
+        x = x.float()
+    x = (x if scale == 1.0 else x * scale).float()
+    low, high = x.chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(dtype)
