@@ -27,7 +27,14 @@ from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
 from .runtime.modeling import EncoderConfig
 
 FIVE_GB = 5 * 10**9
-WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "*.txt", "tokenizer*.json", "special_tokens*.json"]
+WANTED = [
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.txt",
+    "tokenizer*.json",
+    "special_tokens*.json",
+]
 
 
 def locate(source: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
@@ -105,7 +112,9 @@ class Conversion:
         else:
             form = port.formats[self.to]
             if auto not in form.architectures:
-                raise ValueError(f"the {self.to!r} format of {port.name} has no counterpart of {port.classes[auto].__name__}")
+                raise ValueError(
+                    f"the {self.to!r} format of {port.name} has no counterpart of {port.classes[auto].__name__}"
+                )
             ours = port.config_class.from_dict(config)
             theirs = {**form.write_config(ours, auto), **config_kwargs, "architectures": [form.architectures[auto]]}
         return ours, theirs, form.mapping(ours, theirs, auto)
@@ -191,19 +200,25 @@ def convert_into(
 
 
 def convert_model(port: ModelPort, model: PreTrainedModel, to: str, config_kwargs: Json) -> PreTrainedModel:
-    """Convert a model in memory to `to` ("te", or a format with an implementation); it shares no storage with `model`."""
+    """Convert a model in memory to "te", or a format with an implementation; no storage is shared with `model`."""
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     state = own_state(model)
-    conversion = Conversion(port, {k: t.to("meta") for k, t in state.items()}, config, to, config_kwargs, type(model).__name__)
+    conversion = Conversion(
+        port, {k: t.to("meta") for k, t in state.items()}, config, to, config_kwargs, type(model).__name__
+    )
     made = {key: tensor.clone() for key, tensor in conversion.tensors(lambda keys: [state[key] for key in keys])}
     dtype = model.dtype
     if to == TE:
-        return port.classes[conversion.auto].from_pretrained(None, config=conversion.config, state_dict=made, dtype=dtype)
+        return port.classes[conversion.auto].from_pretrained(
+            None, config=conversion.config, state_dict=made, dtype=dtype
+        )
     build = port.formats[to].build
     if build is None:
-        raise ValueError(f"there is no implementation of the {to!r} format of {port.name} here; convert folders instead")
+        raise ValueError(
+            f"there is no implementation of the {to!r} format of {port.name} here; convert folders instead"
+        )
     with no_init_weights():
-        original = build(conversion.their_config, conversion.auto)
+        original: Any = build(conversion.their_config, conversion.auto)
     missing, unexpected = original.load_state_dict(made, strict=False)
     missing = [key for key in missing if key not in (original._tied_weights_keys or {})]
     if missing or unexpected:
@@ -232,7 +247,8 @@ def load_original(
     if cls is not port.classes[conversion.auto]:
         state = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
     dtypes = {tensor.dtype for tensor in state.values() if tensor.dim() > 1}
-    return cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or dtypes.pop()).to(device)
+    model: Any = cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or dtypes.pop())
+    return model.to(device)
 
 
 def _port_of(cls: type[PreTrainedModel]) -> ModelPort:

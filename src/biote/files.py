@@ -19,8 +19,8 @@ from torch import Tensor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -94,7 +94,9 @@ class CheckpointReader:
         with _opened(file) as handle:
             keys = set(handle.keys())
             if expected - keys:
-                raise ValueError(f"{file} lacks tensors that {INDEX} says it has: {', '.join(sorted(expected - keys))}")
+                raise ValueError(
+                    f"{file} lacks tensors that {INDEX} says it has: {', '.join(sorted(expected - keys))}"
+                )
             for key in handle.keys():  # noqa: SIM118 (a handle, not a dict)
                 if expected and key not in expected:
                     raise ValueError(f"{file} holds {key}, which {INDEX} does not list there")
@@ -125,7 +127,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def write_checkpoint(
     folder: Path, specs: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
 ) -> None:
-    """Write tensors as they come, in the order of `specs` (meta tensors), into one file or into shards with an index."""
+    """Write tensors as they come, in the order of `specs` (meta tensors), to one file or to shards with an index."""
     shards = _shards(specs, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else [
         f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
@@ -138,7 +140,7 @@ def write_checkpoint(
                 made, tensor = next(incoming)
                 if made != key or tensor.shape != specs[key].shape or tensor.dtype != specs[key].dtype:
                     raise RuntimeError(f"tensors came out of order: {made} where {key} was due")
-                file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     if len(shards) > 1:
         total = sum(_size(spec) for spec in specs.values())
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}

@@ -1,16 +1,17 @@
-"""The mapping language: one list of rules says how a checkpoint's tensors become ours, and ours become the checkpoint's.
+"""The mapping language: one list of rules says how a checkpoint's tensors become ours, and ours the checkpoint's.
 
-A rule names keys of the foreign format on its left (`theirs`) and keys of our layout on its right (`ours`). Names may
-hold fields such as {i} and {kind}; `Mapping(..., i=range(layers), kind=("weight", "bias"))` expands them. Every foreign
-key must be read by exactly one rule and every key of ours written by exactly one; `Mapping.plan` checks that, and every
-shape, on meta tensors, and raises all it finds in one MappingError before any tensor moves.
+A rule names keys of the foreign format on one side (`theirs`) and keys of our layout on the other (`ours`). Names may
+hold fields such as {i} and {k}, which `Mapping.of(..., i=range(layers), k=("weight", "bias"))` expands. Every key of
+the source must be read by exactly one rule and every key of the result made by exactly one; `Mapping.plan` checks
+that, and every shape, on meta tensors, and raises all it finds in one MappingError before any tensor moves.
 """
 
 import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping as MappingABC, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -71,7 +72,7 @@ class Rename(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class FuseQKV(Rule):
-    """Query, key and value become one tensor with rows ordered [head, (q, k, v), head_dim]; weights and biases alike."""
+    """Query, key and value become one tensor, rows ordered [head, (q, k, v), head_dim]; weights and biases alike."""
 
     heads: int
 
@@ -217,15 +218,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Mapping:
-    """The rules of one format. `respell`: (regex, replacement) pairs that turn other spellings of keys into `theirs`."""
+    """The rules of one format. `respell`: (regex, replacement) pairs from other spellings of keys to `theirs`."""
 
     rules: tuple[Rule, ...]
     respell: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(
-        cls, *rules: Rule, respell: Sequence[tuple[str, str]] = (), **fields: Iterable[object]
-    ) -> "Mapping":
+    def of(cls, *rules: Rule, respell: Sequence[tuple[str, str]] = (), **fields: Iterable[object]) -> "Mapping":
         """Expand the fields that the names of `rules` hold."""
         values = {name: tuple(options) for name, options in fields.items()}
         return cls(tuple(one for rule in rules for one in _expand(rule, values)), tuple(respell))

@@ -1,11 +1,13 @@
-"""ModelPort: everything the tools need to know of one model. Ports are found by the entry point group `biote.ports`."""
+"""ModelPort: everything the tools need to know of one model. Ports are found by entry point `biote.ports`."""
 
-from collections.abc import Callable, Mapping as MappingABC
+from collections.abc import Callable
+from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .mapping import Mapping
@@ -32,15 +34,17 @@ class Format:
     architectures: class name in config.json by Auto class ("AutoModelForMaskedLM": "EsmForMaskedLM").
     mapping: (our config, its config.json, Auto class) -> Mapping; read_config: its config.json -> our config;
     write_config: (our config, Auto class) -> its config.json.
-    build: (config.json, Auto class) -> the original implementation with weights yet to be loaded, where there is one.
+    build: (config.json, Auto class) -> the original implementation, its weights yet to be loaded; load: (folder,
+    Auto class, dtype) -> the same with the folder's weights, by its own means. Both None where there is none here.
     """
 
     model_type: str
     architectures: MappingABC[str, str]
-    mapping: Callable[[EncoderConfig, Json, str], Mapping]
+    mapping: Callable[[Any, Json, str], Mapping]
     read_config: Callable[[Json], EncoderConfig]
-    write_config: Callable[[EncoderConfig, str], Json]
+    write_config: Callable[[Any, str], Json]
     build: Callable[[Json, str], PreTrainedModel] | None = None
+    load: Callable[[Path, str, torch.dtype], PreTrainedModel] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class ModelPort:
     name: str
     title: str
     package: str
+    license: str
     config_class: type[EncoderConfig]
     classes: MappingABC[str, type[PreTrainedModel]]
     formats: MappingABC[str, Format]
@@ -98,7 +103,7 @@ def find_tag(tag: str) -> tuple[ModelPort, Checkpoint] | None:
 
 
 def identify(config: Json, port_name: str | None = None) -> tuple[ModelPort, str, str]:
-    """Read a config.json: (port, format, Auto class). ValueError where it fits no port, or several and none is named."""
+    """Read a config.json: (port, format, Auto class). ValueError if it fits no port, or several and none is named."""
     ports = [port_named(port_name)] if port_name else list(installed_ports().values())
     model_type, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
     known = [(port, name) for port in ports for name in port.format_names]

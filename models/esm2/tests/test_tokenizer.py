@@ -10,8 +10,66 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerBase
 
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
-VOCABULARY = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>".split()
-OTHERS = "MKTAYIAKQR lagv l J * 1 é 中 😀 ▁ ## < << <m <mas <mask mask> > <MASK> [MASK] <null_1 _1> </s>".split()
+VOCABULARY = [
+    "<cls>",
+    "<pad>",
+    "<eos>",
+    "<unk>",
+    "L",
+    "A",
+    "G",
+    "V",
+    "S",
+    "E",
+    "R",
+    "T",
+    "I",
+    "D",
+    "P",
+    "K",
+    "Q",
+    "N",
+    "F",
+    "Y",
+    "M",
+    "H",
+    "W",
+    "C",
+    "X",
+    "B",
+    "U",
+    "Z",
+    "O",
+    ".",
+    "-",
+    "<null_1>",
+    "<mask>",
+]
+OTHERS = [
+    "MKTAYIAKQR",
+    "lagv",
+    "l",
+    "J",
+    "*",
+    "1",
+    "é",
+    "中",
+    "😀",
+    "▁",
+    "##",
+    "<",
+    "<<",
+    "<m",
+    "<mas",
+    "<mask",
+    "mask>",
+    ">",
+    "<MASK>",
+    "[MASK]",
+    "<null_1",
+    "_1>",
+    "</s>",
+]
 SPACES = [" ", "  ", "\t", "\r\n", "\xa0", "\u2003", "\u200b", "\ufeff", "\x1c", "\x85", "\0"]
 TEXTS = st.lists(st.sampled_from([*VOCABULARY, *OTHERS, *SPACES]) | st.text(max_size=3), max_size=12).map("".join)
 CASES = [
@@ -82,8 +140,17 @@ def test_attributes(ours_theirs: Tokenizers, loaded: bool, tmp_path: Path) -> No
         ours.save_pretrained(tmp_path)
         ours = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
         assert [views(ours, text) for text in CASES] == [views(theirs, text) for text in CASES]
-    names = [f"{kind}_token{end}" for kind in "bos eos unk sep pad cls mask".split() for end in ("", "_id")]
-    names += "vocab_size all_special_ids all_special_tokens model_input_names padding_side model_max_length".split()
+    names = [
+        f"{kind}_token{end}" for kind in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"] for end in ("", "_id")
+    ]
+    names += [
+        "vocab_size",
+        "all_special_ids",
+        "all_special_tokens",
+        "model_input_names",
+        "padding_side",
+        "model_max_length",
+    ]
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
     assert (len(ours), ours.get_vocab()) == (len(theirs), theirs.get_vocab())
     assert ours.convert_tokens_to_ids([*VOCABULARY, "J"]) == theirs.convert_tokens_to_ids([*VOCABULARY, "J"])

@@ -3,7 +3,6 @@
 Shapes: T packed tokens, H heads, D head dim, N hidden size (H * D), L length of one sequence.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .engine import Layers
 from .packing import Packing
 from .rope import rotate_half
 
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 class SelfAttention(nn.Module):
     """Norm, fused QKV projection (rows ordered [head, (q, k, v), D]), rotary attention, output projection."""
 
-    def __init__(self, config: Any, layers: ModuleType):
+    def __init__(self, config: Any, layers: Layers):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
         self.proj = layers.Linear(config.hidden_size, config.hidden_size)
 
     def queries_keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, N] -> three times [T, H, D]; queries are scaled by D^-0.5, queries and keys turned to their positions."""
+        """[T, N] -> 3 x [T, H, D]; queries are scaled by D^-0.5, queries and keys turned to their positions."""
         q, k, v = self.qkv(x).view(-1, self.num_heads, 3, self.head_dim).unbind(2)
         return rotate_half(q, *rotary, scale=self.head_dim**-0.5), rotate_half(k, *rotary), v
 
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Norm, up projection, activation, down projection."""
 
-    def __init__(self, config: Any, layers: ModuleType):
+    def __init__(self, config: Any, layers: Layers):
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = layers.LayerNormLinear(config.hidden_size, config.intermediate_size, eps=config.layer_norm_eps)
@@ -70,7 +70,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(GradientCheckpointingLayer):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Any, layers: ModuleType):
+    def __init__(self, config: Any, layers: Layers):
         super().__init__()
         self.attention = SelfAttention(config, layers)
         self.mlp = FeedForward(config, layers)

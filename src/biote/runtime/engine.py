@@ -1,6 +1,6 @@
-"""Which implementation of the layers a model is built from: TransformerEngine's ("te") or plain PyTorch's ("torch")."""
+"""Which layers a model is built from: TransformerEngine's ("te") or plain PyTorch's ("torch")."""
 
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,12 +32,22 @@ def resolve_engine(requested: str) -> str:
     return "torch" if reason else "te"
 
 
-def layers_of(engine: str) -> ModuleType:
-    """Return the module that holds the layers of an engine ("te" or "torch")."""
+class Layers(NamedTuple):
+    """The layer classes of one engine."""
+
+    LayerNorm: Any
+    Linear: Any
+    LayerNormLinear: Any
+    DotProductAttention: Any
+
+
+def layers_of(engine: str) -> Layers:
+    """Return the layers of an engine, "te" or "torch"."""
+    # `from .x import y` is the one form of import that transformers follows in remote code
     if engine == "te":
-        from . import layers_te
+        from .layers_te import te_layers
 
-        return layers_te
-    from . import layers_torch
+        return te_layers
+    from .layers_torch import torch_layers
 
-    return layers_torch
+    return torch_layers

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engine import Layers
 from .packing import Packing
 
 try:
@@ -29,11 +30,15 @@ class _PlainState:
 
 
 class LayerNorm(_PlainState, te.LayerNorm):
+    """Layer norm over the last dimension."""
+
     def __init__(self, hidden_size: int, eps: float):
         super().__init__(hidden_size, eps=eps, **_placement())
 
 
 class Linear(_PlainState, te.Linear):
+    """Linear layer."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias, **_placement())
 
@@ -50,7 +55,12 @@ class DotProductAttention(_PlainState, te.DotProductAttention):
 
     def __init__(self, num_heads: int, head_dim: int, dropout: float):
         super().__init__(
-            num_heads, head_dim, attention_dropout=dropout, qkv_format="thd", attn_mask_type="padding", softmax_scale=1.0
+            num_heads,
+            head_dim,
+            attention_dropout=dropout,
+            qkv_format="thd",
+            attn_mask_type="padding",
+            softmax_scale=1.0,
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -59,3 +69,6 @@ class DotProductAttention(_PlainState, te.DotProductAttention):
         return super().forward(
             q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
         )
+
+
+te_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention)

@@ -6,13 +6,10 @@ Shapes: T packed tokens, H heads, D head dim, L length of one sequence.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
+from .engine import Layers
 from .packing import Packing
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
 LayerNorm = nn.LayerNorm
 Linear = nn.Linear
@@ -45,9 +42,11 @@ class DotProductAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
         dropout = self.dropout if self.training else 0.0
-        if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
             bounds, longest = packing.cu_seqlens, packing.max_seqlen
-            return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0).flatten(1)
+            context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
+            assert isinstance(context, Tensor)  # a tuple only if more were asked for
+            return context.flatten(1)
         lengths = packing.lengths
         if min(lengths) == max(lengths):
             batch = (len(lengths), lengths[0])
@@ -59,3 +58,6 @@ class DotProductAttention(nn.Module):
             qi, ki, vi = (x.transpose(0, 1)[None] for x in one)  # [1, H, L, D]
             pieces.append(F.scaled_dot_product_attention(qi, ki, vi, dropout_p=dropout, scale=1.0)[0].transpose(0, 1))
         return torch.cat(pieces).flatten(1)
+
+
+torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention)

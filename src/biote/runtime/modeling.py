@@ -85,7 +85,8 @@ class BiotePreTrainedModel(PreTrainedModel):
         """As in transformers, but a missing weight raises ValueError instead of being drawn at random."""
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded
         head_is_new = cls._new_head is not None and cls.__name__ not in (model.config.architectures or [])
         missing = [
             key for key in sorted(info["missing_keys"]) if not (head_is_new and key.startswith(f"{cls._new_head}."))
@@ -116,7 +117,13 @@ class BiotePreTrainedModel(PreTrainedModel):
         except ImportError as error:
             raise ImportError("from_original converts with the biote package, which is not installed") from error
         return load_original(
-            cls, source, revision=revision, subfolder=subfolder, dtype=dtype, device=device, config_kwargs=config_kwargs
+            cls,
+            source,
+            revision=revision,
+            subfolder=subfolder,
+            dtype=dtype,
+            device=device,
+            config_kwargs=config_kwargs,
         )
 
     @torch.no_grad()
@@ -180,6 +187,7 @@ class EncoderModel(BiotePreTrainedModel):
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states, attentions = [], []
         for layer in self.layers:
+            assert isinstance(layer, TransformerBlock)
             if keep_states:
                 states.append(packing.unpack(x))
             if keep_attentions:
@@ -225,7 +233,7 @@ class EncoderModel(BiotePreTrainedModel):
         low, high = (int(x) for x in torch.stack(tokens.aminmax()).tolist())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size} (0 to {self.config.vocab_size - 1})")
+            raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
 
     def _check_engine(self, x: Tensor) -> None:
         if self.engine != "te":
@@ -240,7 +248,7 @@ class MaskedLMModel(BiotePreTrainedModel):
     """Forward of a port's ...ForMaskedLM, which owns `model` and `lm_head`."""
 
     model: EncoderModel
-    lm_head: nn.Module
+    lm_head: Any  # [T, N] -> [T, V]; its `decoder` is the output embedding
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -263,7 +271,7 @@ class MaskedLMModel(BiotePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedLMOutput | tuple:
-        """Logits [B, S, V]; loss is the mean cross-entropy over labels (int64 [B, S]) other than -100 on real tokens."""
+        """Logits [B, S, V]; loss is the mean cross-entropy over real tokens whose label (int64 [B, S]) is not -100."""
         encoded = self.model.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
             max_length_k, output_attentions, output_hidden_states,
@@ -301,7 +309,7 @@ class TokenClassificationModel(BiotePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple:
-        """Logits [B, S, C]; loss is the mean cross-entropy over labels (int64 [B, S]) other than -100 on real tokens."""
+        """Logits [B, S, C]; loss is the mean cross-entropy over real tokens whose label (int64 [B, S]) is not -100."""
         encoded = self.model.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
             max_length_k, output_attentions, output_hidden_states,

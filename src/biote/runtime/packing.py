@@ -5,6 +5,7 @@ Shapes: B batch (proteins, cells), S padded length, T packed tokens (real ones o
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def _packed(
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: self-attention needs one set of boundaries")
     cu_seqlens = cu_seq_lens_q.to(inputs.device, torch.int32)
     bounds = cu_seqlens.tolist()
-    lengths = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) <= 0:
         raise ValueError(f"cu_seq_lens_q must rise from 0 to the {tokens} tokens of the input, got {bounds}")
     longest = max(lengths)

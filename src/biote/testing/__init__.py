@@ -1,0 +1,1 @@
+"""The contract that every port passes: plain assert functions, and a pytest plugin."""

@@ -1,14 +1,17 @@
-"""ESM-2's port: its formats (the original's and NVIDIA's), their mappings and configurations, its published checkpoints."""
+"""ESM-2's port: formats (the original's and NVIDIA's) with mappings and configurations, and published checkpoints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from transformers import EsmConfig, PreTrainedModel
+
 from biote.convert import convert_model
 from biote.mapping import Drop, FuseQKV, LeaveOut, Mapping, PadRows, Recompute, Rename, Rule, Shared
 from biote.port import Checkpoint, Format, Json, ModelPort
 from biote.runtime.rope import inverse_frequencies
-from transformers import EsmConfig, PreTrainedModel
 
 from .esm2_te import (
     Esm2TEConfig,
@@ -87,7 +90,7 @@ HF_HEADS: dict[str, list[tuple[str, str]]] = {
 
 
 def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
-    """The TransformerEngine checkpoints that NVIDIA publishes: no contact head, no rotary frequencies, padded vocabulary."""
+    """The TE checkpoints that NVIDIA publishes: no contact head, no rotary frequencies, padded vocabulary."""
     rename = [
         ("model.encoder.emb_layer_norm_after.{k}", "model.final_norm.{k}"),
         (NVIDIA_LAYER + "self_attention.layernorm_qkv.{lk}", OUR_LAYER + "attention.qkv.{lk}"),
@@ -96,13 +99,13 @@ def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
         (NVIDIA_LAYER + "layernorm_mlp.fc1_{k}", OUR_LAYER + "mlp.fc1.{k}"),
         (NVIDIA_LAYER + "layernorm_mlp.fc2_{k}", OUR_LAYER + "mlp.fc2.{k}"),
     ]
-    rows = {"our_rows": config.vocab_size, "their_rows": theirs.get("padded_vocab_size") or config.vocab_size}
+    their_rows = theirs.get("padded_vocab_size") or config.vocab_size
+    pad_rows = partial(PadRows, our_rows=config.vocab_size, their_rows=their_rows)
     rules: list[Rule] = [
-        PadRows(
+        pad_rows(
             theirs=("model.embeddings.word_embeddings.weight",),
             also=("lm_head.decoder.weight",) if auto == "AutoModelForMaskedLM" else (),
             ours=(WORDS,),
-            **rows,
         ),
         Recompute(
             ours=("model.rotary.inv_freq",),
@@ -117,7 +120,7 @@ def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
             ("lm_head.dense.{k}", "lm_head.dense.{k}"),
             ("lm_head.decoder.layer_norm_{k}", "lm_head.layer_norm.{k}"),
         ]
-        rules.append(PadRows(theirs=("lm_head.decoder.bias",), ours=("lm_head.decoder.bias",), fill="min", **rows))
+        rules.append(pad_rows(theirs=("lm_head.decoder.bias",), ours=("lm_head.decoder.bias",), fill="min"))
     elif auto == "AutoModelForTokenClassification":
         rename.append(("classifier.{k}", "classifier.{k}"))
     rules += [Rename(theirs=(a,), ours=(b,)) for a, b in rename]
@@ -148,7 +151,9 @@ def read_nvidia_config(theirs: Json) -> Esm2TEConfig:
 
 
 def _common_config(theirs: Json) -> Esm2TEConfig:
-    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in theirs]
+    missing = [
+        key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in theirs
+    ]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     rope = theirs.get("rope_parameters") or {}
@@ -161,19 +166,39 @@ def _common_config(theirs: Json) -> Esm2TEConfig:
 def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> EsmConfig's JSON."""
     if config.hidden_act != "gelu":
-        raise ValueError(f"hidden_act={config.hidden_act!r} has no counterpart in transformers' ESM, which has gelu (erf)")
+        raise ValueError(
+            f"hidden_act={config.hidden_act!r} has no counterpart in transformers' ESM, which has gelu (erf)"
+        )
     if not config.contact_head:
-        raise ValueError("transformers' ESM always has a contact head, and this checkpoint lacks one (it came from NVIDIA)")
-    return {**_written(config), "model_type": "esm", "position_embedding_type": "rotary", "emb_layer_norm_before": False}
+        raise ValueError(
+            "transformers' ESM always has a contact head, and this checkpoint lacks one (it came from NVIDIA)"
+        )
+    return {
+        **_written(config),
+        "model_type": "nv_esm",
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "qkv_weight_interleaved": True,
+        "encoder_activation": "gelu",
+        "padded_vocab_size": NVIDIA_VOCABULARY,
+        "attn_input_format": "bshd",
+        "fuse_qkv_params": True,
+    }
 
 
 def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> NVEsmConfig's JSON."""
     return {
-        **_written(config), "model_type": "nv_esm", "position_embedding_type": "rotary", "emb_layer_norm_before": False,
-        "qkv_weight_interleaved": True, "encoder_activation": "gelu", "padded_vocab_size": NVIDIA_VOCABULARY,
-        "attn_input_format": "bshd", "fuse_qkv_params": True,
-    }  # fmt: skip
+        **_written(config),
+        "model_type": "nv_esm",
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "qkv_weight_interleaved": True,
+        "encoder_activation": "gelu",
+        "padded_vocab_size": NVIDIA_VOCABULARY,
+        "attn_input_format": "bshd",
+        "fuse_qkv_params": True,
+    }
 
 
 def _written(config: Esm2TEConfig) -> Json:
@@ -188,6 +213,12 @@ def build_hf(theirs: Json, auto: str) -> PreTrainedModel:
     if auto == "AutoModel":
         return transformers.EsmModel(config, add_pooling_layer=False)
     return getattr(transformers, HF_CLASSES[auto])(config)
+
+
+def load_hf(folder: Path, auto: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The original, loaded by transformers itself; eager attention, which can return attention maps."""
+    cls = getattr(transformers, HF_CLASSES[auto])
+    return cls.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 HF_CLASSES = {
@@ -212,6 +243,7 @@ PORT = ModelPort(
     name="esm2",
     title="ESM-2",
     package="esm2",
+    license="mit",
     config_class=Esm2TEConfig,
     classes={
         "AutoModel": Esm2TEModel,
@@ -220,7 +252,7 @@ PORT = ModelPort(
         "AutoModelForSequenceClassification": Esm2TEForSequenceClassification,
     },
     formats={
-        "hf": Format("esm", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf),
+        "hf": Format("esm", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf, load_hf),
         "nvidia": Format("nv_esm", NVIDIA_CLASSES, nvidia_mapping, read_nvidia_config, write_nvidia_config),
     },
     tags={
@@ -241,7 +273,7 @@ PORT = ModelPort(
 
 
 def convert_hf_to_te(model_hf: PreTrainedModel, **config_kwargs: Any) -> PreTrainedModel:
-    """An Esm... model of transformers -> the Esm2TE... model of the same head; config_kwargs set fields of Esm2TEConfig."""
+    """transformers' Esm... model -> the Esm2TE... model of the same head; config_kwargs set fields of Esm2TEConfig."""
     return convert_model(PORT, model_hf, "te", config_kwargs)
 
 

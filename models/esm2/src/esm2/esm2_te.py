@@ -5,6 +5,10 @@ Shapes: B batch, S padded length, T packed tokens, N hidden size, V vocabulary, 
 """
 
 import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from biote.runtime.modeling import (
     EncoderConfig,
     EncoderModel,
@@ -13,9 +17,6 @@ from biote.runtime.modeling import (
     TokenClassificationModel,
 )
 from biote.runtime.packing import Packing
-from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of tokens that were <mask> while ESM-2 was trained
 
@@ -83,6 +84,7 @@ class Esm2TEModel(EncoderModel):
     """The encoder: embeddings, pre-norm blocks, final norm. Its last hidden state is ESM-2's protein embedding."""
 
     config_class = Esm2TEConfig
+    contact_head: ContactHead | None
 
     def __init__(self, config: Esm2TEConfig):
         super().__init__(config, rope_base=config.rope_theta)
@@ -116,7 +118,10 @@ class LMHead(nn.Module):
 
 
 class Esm2TEForMaskedLM(MaskedLMModel):
+    """The encoder with its masked-language-model head: a distribution over residues at each position."""
+
     config_class = Esm2TEConfig
+    model: Esm2TEModel
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: Esm2TEConfig):
@@ -131,13 +136,15 @@ class Esm2TEForMaskedLM(MaskedLMModel):
 
 
 class Esm2TEForTokenClassification(TokenClassificationModel):
+    """The encoder with one linear layer over each residue."""
+
     config_class = Esm2TEConfig
 
     def __init__(self, config: Esm2TEConfig):
         super().__init__(config)
         self.model = Esm2TEModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
 
@@ -148,7 +155,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N] -> [B, C]."""
@@ -156,6 +163,8 @@ class ClassificationHead(nn.Module):
 
 
 class Esm2TEForSequenceClassification(SequenceClassificationModel):
+    """The encoder with a classifier over each protein's <cls> token."""
+
     config_class = Esm2TEConfig
 
     def __init__(self, config: Esm2TEConfig):

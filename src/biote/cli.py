@@ -1,0 +1,133 @@
+"""The command line: `biote list | env | convert | export | verify`. Errors are one line, exit status 1."""
+
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
+
+from .convert import convert_folder, locate
+from .export import export as export_folder
+from .export import verify_isolated
+from .port import installed_ports
+from .runtime.engine import why_not_te
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+console = Console()
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="a tag (see `biote list`), a Hub id, or a folder")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="a folder that does not exist yet")]
+PortName = Annotated[str | None, typer.Option("--port", help="which port, where the folder does not say")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit)")]
+Subfolder = Annotated[str | None, typer.Option(help="folder within the Hub repository or SRC")]
+Dtype = Annotated[str | None, typer.Option(help=f"cast to one of {', '.join(DTYPES)}; default: keep")]
+ShardSize = Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="largest weights file, in 10^9 bytes")]
+
+
+@app.command("list")
+def list_ports() -> None:
+    """Show the ports installed, their tags and formats."""
+    table = Table("port", "tag", "original", "parameters", "formats")
+    for port in installed_ports().values():
+        for tag, checkpoint in port.tags.items():
+            parameters = checkpoint.facts.get("parameters", "")
+            table.add_row(port.name, tag, checkpoint.repo_id, parameters, ", ".join(port.format_names))
+    console.print(table)
+
+
+@app.command()
+def env() -> None:
+    """Show versions, the device, and which engine a model would get here."""
+    table = Table("what", "here")
+    table.add_row("python", platform.python_version())
+    for package in ("biote", "torch", "transformers", "safetensors", "huggingface_hub", "transformer_engine"):
+        table.add_row(package, _version(package))
+    table.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+    reason = why_not_te()
+    table.add_row("engine", f"torch; not te: {reason}" if reason else "te (engine='torch' also works)")
+    console.print(table)
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Destination,
+    to: Annotated[str, typer.Option(help="te, hf or nvidia")],
+    port: PortName = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    dtype: Dtype = None,
+    max_shard_gb: ShardSize = 5.0,
+) -> None:
+    """Convert a checkpoint's weights and config from one layout to another."""
+    convert_folder(
+        locate(source, revision, subfolder), destination, to,
+        port_name=port, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9),
+    )  # fmt: skip
+    console.print(f"wrote {destination}")
+
+
+@app.command()
+def export(
+    source: Source,
+    destination: Destination,
+    port: PortName = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    dtype: Dtype = None,
+    max_shard_gb: ShardSize = 5.0,
+    push: Annotated[str | None, typer.Option(metavar="REPO_ID", help="upload to this Hub repository")] = None,
+) -> None:
+    """Make a self-contained Hub folder, verified where biote cannot be imported."""
+    export_folder(
+        source, destination, port_name=port, revision=revision, subfolder=subfolder,
+        dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9), push=push,
+    )  # fmt: skip
+    console.print(f"wrote {destination}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="an exported folder")]) -> None:
+    """Check an exported folder against its golden values, where biote cannot be imported."""
+    verify_isolated(folder)
+    console.print(f"{folder} reproduces the original")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command line; an expected error becomes one line on stderr and exit status 1."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        command()
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of the `biote` command."""
+    run(app)

@@ -1,0 +1,162 @@
+"""The Hub folder: weights, code that runs without biote, tokenizer, golden values, card; verified in isolation."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from . import runtime
+from .convert import FIVE_GB, convert_folder, convert_into, locate
+from .files import CheckpointReader, new_folder, read_json
+from .golden import capture
+from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
+from .runtime.verify import GOLDEN_FILE
+
+REQUIREMENTS = """\
+torch>=2.11
+transformers>=5.17,<6
+safetensors
+# optional, for the te engine on NVIDIA GPUs:
+# transformer_engine[pytorch]>=2.20
+"""
+
+
+def export(
+    source: str,
+    destination: Path,
+    *,
+    port_name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = FIVE_GB,
+    push: str | None = None,
+) -> None:
+    """Make the self-contained Hub folder of an original (or already converted) checkpoint; it appears once verified.
+
+    source: tag, Hub id or folder. push: a Hub repository to upload the folder to.
+    """
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists already; remove it or choose another output folder")
+    folder = locate(source, revision, subfolder)
+    port, form, _ = identify(read_json(folder / "config.json"), port_name)
+    if form not in (TE, "hf"):
+        raise ValueError(
+            f"{source} is in the {form!r} format, which has no original implementation here to verify against"
+        )
+    template = port.directory / "model_readme.md"
+    if not template.is_file():
+        raise FileNotFoundError(f"{template} does not exist: export runs from a checkout of the repository")
+    with new_folder(destination) as partial, tempfile.TemporaryDirectory() as scratch:
+        if form == TE:
+            _copy_checkpoint(folder, partial)
+            original = Path(scratch) / "original"
+            convert_folder(folder, original, "hf")
+        else:
+            convert_into(folder, partial, TE, port_name=port.name, dtype=dtype, max_shard_bytes=max_shard_bytes)
+            original = folder
+        _write_code(port, partial)
+        provenance = _provenance(source, revision)
+        capture(port, original, partial / GOLDEN_FILE, provenance)
+        shutil.copy(port.directory / "LICENSE", partial / "LICENSE")
+        (partial / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+        checks = verify_isolated(partial)
+        _write_card(port, template, partial, provenance, checks, push)
+    if push:
+        api = HfApi()
+        api.create_repo(push, exist_ok=True)
+        api.upload_folder(repo_id=push, folder_path=destination)
+
+
+def verify_isolated(folder: Path) -> list[Json]:
+    """Run the folder's own verify.py where neither biote nor any port can be imported; ValueError if it fails.
+
+    Prints what verify.py prints and returns its checks.
+    """
+    script = folder / "verify.py"
+    if not script.is_file():
+        raise FileNotFoundError(f"{script} does not exist: {folder} is not an exported folder")
+    blocked = ["biote", *(port.package for port in installed_ports().values())]
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "checks.json"
+        code = (
+            f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+            f"sys.argv = ['verify.py', {str(folder.absolute())!r}, '--json', {str(report)!r}]; "
+            f"runpy.run_path({str(script.absolute())!r}, run_name='__main__')"
+        )
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {**os.environ, **quiet, "HF_MODULES_CACHE": scratch, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=scratch, env=environment, capture_output=True, text=True
+        )
+        print(done.stdout, end="")
+        if done.returncode:
+            last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"{folder} failed its verification: {last_line}")
+        return json.loads(report.read_text(encoding="utf-8"))
+
+
+def _provenance(source: str, revision: str | None) -> Json:
+    tagged = find_tag(source)
+    if tagged:
+        return {"source": tagged[1].repo_id, "revision": revision or tagged[1].revision}
+    path = Path(source)
+    return {"source": path.name if path.is_dir() else source, "revision": revision}
+
+
+def _copy_checkpoint(folder: Path, partial: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".safetensors", ".txt") and file.name not in (GOLDEN_FILE, "requirements.txt"):
+            shutil.copy(file, partial / file.name)
+
+
+def _write_code(port: ModelPort, partial: Path) -> None:
+    """The model file and the runtime side by side, with relative imports, and the auto_map that points at them."""
+    module_name = port.config_class.__module__
+    model_file = Path(sys.modules[module_name].__file__ or "")
+    files = [*Path(runtime.__file__).parent.glob("*.py"), model_file]
+    for file in files:
+        if file.name != "__init__.py":
+            text = re.sub(
+                r"^from biote\.runtime\.(\w+) import", r"from .\1 import", file.read_text("utf-8"), flags=re.M
+            )
+            (partial / file.name).write_text(text, encoding="utf-8")
+    config = read_json(partial / "config.json")
+    classes = {"AutoConfig": port.config_class, **port.classes}
+    config["auto_map"] = {auto: f"{model_file.stem}.{cls.__name__}" for auto, cls in classes.items()}
+    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_card(
+    port: ModelPort, template: Path, partial: Path, provenance: Json, checks: list[Json], repo_id: str | None
+) -> None:
+    tag = next((tag for tag, checkpoint in port.tags.items() if checkpoint.repo_id == provenance["source"]), None)
+    data = ModelCardData(
+        license=port.license,
+        library_name="transformers",
+        tags=["biology", "transformer-engine", port.name],
+        base_model=provenance["source"] if tag else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        title=f"{port.title} ({tag or provenance['source']}) on TransformerEngine",
+        repo_id=repo_id or f"YOUR_NAME/{tag or provenance['source']}",
+        provenance=provenance,
+        facts=dict(port.tags[tag].facts) if tag else {},
+        config=read_json(partial / "config.json"),
+        parameters=_count_parameters(partial),
+        checks=checks,
+    )
+    card.save(partial / "README.md")
+
+
+def _count_parameters(folder: Path) -> int:
+    return sum(spec.numel() for spec in CheckpointReader(folder).specs.values())
