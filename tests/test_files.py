@@ -6,7 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import biote.files
 from biote.convert import convert_folder
 from biote.files import INDEX, WEIGHTS, CheckpointReader, new_folder, read_json, write_checkpoint
+from biote.mapping import MappingError
 
 State = dict[str, Tensor]
 EVERY_DTYPE = [
@@ -141,7 +142,7 @@ def test_index_that_points_outside(tmp_path: Path, name: Any) -> None:
     for at in (tmp_path, folder / "sub"):
         save_file({"a": torch.ones(1)}, at / "x.safetensors")
     write_index(folder, {"a": str(tmp_path) + name if str(name).startswith("/") else name})
-    with pytest.raises((ValueError, FileNotFoundError), match="points outside its folder|does not exist"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"points outside its folder|does not exist"):
         CheckpointReader(folder)
 
 
@@ -201,11 +202,13 @@ def test_pickles_are_never_loaded(tmp_path: Path, name: str) -> None:
     folder, sprung = tmp_path / "model", tmp_path / "sprung"
     folder.mkdir()
     torch.save({"a": Trap(sprung)}, folder / name)
-    with pytest.raises((FileNotFoundError, ValueError), match="pickled weights only|not a safetensors file") as caught:
+    reason = r"not a safetensors file" if name == WEIGHTS else r"pickled weights only .* never loaded"
+    with pytest.raises((FileNotFoundError, ValueError), match=reason) as caught:
         CheckpointReader(folder)
     assert name in str(caught.value)
     assert not sprung.exists()
-    torch.load(folder / name, weights_only=False)
+    with open(folder / name, "rb") as file:
+        torch.load(file, weights_only=False)
     assert sprung.exists()  # the trap works
 
 
@@ -281,7 +284,7 @@ def test_convert_interrupted_leaves_nothing(original: Path, tmp_path: Path, monk
     read = CheckpointReader.read
     calls: list[Any] = []
 
-    def interrupted(self: CheckpointReader, keys: Iterator[str]) -> list[Tensor]:
+    def interrupted(self: CheckpointReader, keys: Iterable[str]) -> list[Tensor]:
         calls.append(keys)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -291,6 +294,33 @@ def test_convert_interrupted_leaves_nothing(original: Path, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         convert_folder(original, tmp_path / "out", "te")
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("to", ["te", "hf", "nvidia"])
+def test_convert_refuses_mis_shaped_tensors(original: Path, tmp_path: Path, to: str) -> None:
+    folder = original
+    if to != "te":
+        folder = tmp_path / "te"
+        convert_folder(original, folder, "te")
+    state = load_file(folder / WEIGHTS)
+    key = next(key for key, tensor in state.items() if tuple(tensor.shape) == (12, 8))  # an up projection
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({**state, key: torch.ones(12, 7)}, bad / WEIGHTS)
+    with pytest.raises(MappingError, match="mis-shaped"):
+        convert_folder(bad, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_padding_of_the_lowest_number_stays_finite_in_a_cast(
+    original: Path, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    convert_folder(original, tmp_path / "te", "te")
+    convert_folder(tmp_path / "te", tmp_path / "nvidia", "nvidia", dtype=dtype)
+    padding = load_file(tmp_path / "nvidia" / WEIGHTS)["lm_head.decoder.bias"][33:]
+    assert torch.equal(padding, torch.full((31,), torch.finfo(dtype or torch.float32).min, dtype=dtype))
 
 
 KILLED = """

@@ -54,6 +54,9 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tens
         cos, sin = cos.double(), sin.double()
     else:
         x = x.float()
-    x = (x if scale == 1.0 else x * scale).float()
-    low, high = x.chunk(2, -1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(dtype)
+    x = x if scale == 1.0 else x * scale
+    low, high = x.float().chunk(2, -1)
+    turned_low, turned_high = x.float().chunk(
+        2, -1
+    )  # a second cast, so that float64 gradients add up as the original's
+    return torch.cat((low * cos - turned_high * sin, high * cos + turned_low * sin), -1).to(dtype)

@@ -1,1 +1,1 @@
-"""The contract that every port passes: plain assert functions, and a pytest plugin."""
+"""The contract that every port passes: plain assert functions (`contract`), and a pytest plugin (`plugin`)."""

@@ -167,32 +167,18 @@ def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> EsmConfig's JSON."""
     if config.hidden_act != "gelu":
         raise ValueError(
-            f"hidden_act={config.hidden_act!r} has no counterpart in transformers' ESM, which has gelu (erf)"
+            f"hidden_act={config.hidden_act!r} has no counterpart in transformers' ESM, whose GELU is exact"
         )
     if not config.contact_head:
-        raise ValueError(
-            "transformers' ESM always has a contact head, and this checkpoint lacks one (it came from NVIDIA)"
-        )
-    return {
-        **_written(config),
-        "model_type": "nv_esm",
-        "position_embedding_type": "rotary",
-        "emb_layer_norm_before": False,
-        "qkv_weight_interleaved": True,
-        "encoder_activation": "gelu",
-        "padded_vocab_size": NVIDIA_VOCABULARY,
-        "attn_input_format": "bshd",
-        "fuse_qkv_params": True,
-    }
+        raise ValueError("transformers' ESM has a contact head, which this checkpoint lacks (it came from NVIDIA)")
+    return {"model_type": "esm", **_written(config)}
 
 
 def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> NVEsmConfig's JSON."""
     return {
-        **_written(config),
         "model_type": "nv_esm",
-        "position_embedding_type": "rotary",
-        "emb_layer_norm_before": False,
+        **_written(config),
         "qkv_weight_interleaved": True,
         "encoder_activation": "gelu",
         "padded_vocab_size": NVIDIA_VOCABULARY,
@@ -202,9 +188,9 @@ def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
 
 
 def _written(config: Esm2TEConfig) -> Json:
-    everything = config.to_dict()
-    names = [*SAME_NAMES, "rope_theta", "eos_token_id"]
-    return {"hidden_act": "gelu", **{name: everything[name] for name in names if everything.get(name) is not None}}
+    ours = config.to_dict()
+    same = {name: ours[name] for name in (*SAME_NAMES, "rope_theta", "eos_token_id") if ours.get(name) is not None}
+    return {**same, "hidden_act": "gelu", "position_embedding_type": "rotary", "emb_layer_norm_before": False}
 
 
 def build_hf(theirs: Json, auto: str) -> PreTrainedModel:

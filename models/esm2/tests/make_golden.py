@@ -1,0 +1,16 @@
+"""Make the committed tiny original and its golden values: `python models/esm2/tests/make_golden.py`."""
+
+from pathlib import Path
+
+import torch
+from biote.golden import capture
+from biote.runtime.verify import GOLDEN_FILE
+from conftest import make_original
+from esm2.convert import PORT
+
+SEED = 2023
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent / "golden"
+    make_original("AutoModelForMaskedLM", SEED).to(torch.float32).save_pretrained(folder)
+    capture(PORT, folder, folder / GOLDEN_FILE, {"source": "tiny random ESM-2", "revision": None, "seed": SEED})

@@ -1,0 +1,33 @@
+import pytest
+from biote.testing import contract
+from esm2.convert import PORT
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_committed_golden_values(case, golden_folder, dtype):
+    contract.assert_golden(case, golden_folder, dtype)
+
+
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_float64_equals_the_original_with_gradients(case, auto):
+    contract.assert_matches_original(case, auto)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM"])
+def test_lower_dtypes_stay_at_the_noise_floor(case, auto, dtype):
+    contract.assert_noise_floor(case, auto, dtype)
+
+
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_same_output_alone_padded_and_packed(case, auto):
+    contract.assert_batch_invariant(case, auto)
+
+
+def test_every_parameter_matters(case):
+    contract.assert_every_parameter_matters(case, "AutoModelForMaskedLM")
+
+
+@pytest.mark.parametrize("auto", [auto for auto in PORT.classes if auto != "AutoModel"])
+def test_gradient_checkpointing(case, auto):
+    contract.assert_gradient_checkpointing(case, auto)

@@ -1,0 +1,281 @@
+"""The choice of engine, and that both engines own the same parameters.
+
+The te engine is built from TransformerEngine where it can run, elsewhere from a stand-in of the same constructors.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from esm2 import (
+    Esm2TEConfig,
+    Esm2TEForMaskedLM,
+    Esm2TEForSequenceClassification,
+    Esm2TEForTokenClassification,
+    Esm2TEModel,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+import biote.runtime
+from biote.runtime import engine
+from biote.runtime.engine import layers_of, resolve_engine, why_not_te
+
+CLASSES = [Esm2TEModel, Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEForSequenceClassification]
+TE_NAME = "transformer_engine.pytorch"
+
+
+class StandIn(nn.Module):
+    """A module with TransformerEngine's extra state and default device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def own(self, device: Any, dtype: torch.dtype | None, **shapes: tuple[int, ...]) -> None:
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.full(shape, 0.5, device=device, dtype=dtype)))
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        assert state.dtype == torch.uint8
+
+
+class LayerNorm(StandIn):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, device: Any = "cuda", dtype: Any = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.own(device, dtype, weight=(normalized_shape,), bias=(normalized_shape,))
+
+
+class Linear(StandIn):
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: Any = None, device: Any = "cuda"
+    ) -> None:
+        super().__init__()
+        biases = {"bias": (out_features,)} if bias else {}
+        self.own(device, params_dtype, weight=(out_features, in_features), **biases)
+
+
+class LayerNormLinear(Linear):
+    def __init__(
+        self, in_features: int, out_features: int, eps: float = 1e-5, *, bias: bool = True, params_dtype: Any = None,
+        device: Any = "cuda",
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias=bias, params_dtype=params_dtype, device=device)
+        self.eps = eps
+        self.own(device, params_dtype, layer_norm_weight=(in_features,), layer_norm_bias=(in_features,))
+
+
+class DotProductAttention(StandIn):
+    def __init__(
+        self, num_attention_heads: int, kv_channels: int, *, attention_dropout: float = 0.0, qkv_format: str = "sbhd",
+        attn_mask_type: str = "causal", softmax_scale: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.num_attention_heads, self.kv_channels, self.attention_dropout = (
+            num_attention_heads, kv_channels, attention_dropout,
+        )  # fmt: skip
+        self.qkv_format, self.attn_mask_type, self.softmax_scale = qkv_format, attn_mask_type, softmax_scale
+
+
+STAND_INS = (LayerNorm, Linear, LayerNormLinear, DotProductAttention)
+
+
+@pytest.fixture
+def fresh_layers() -> Iterator[None]:
+    """`layers_te` is imported anew in the test, and anew after it."""
+
+    def forget() -> None:
+        sys.modules.pop("biote.runtime.layers_te", None)
+        vars(biote.runtime).pop("layers_te", None)
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes engine="te" buildable; "real" or "stand-in"."""
+    if why_not_te() is None:
+        return "real"
+    request.getfixturevalue("fresh_layers")
+    package, pytorch = ModuleType("transformer_engine"), ModuleType(TE_NAME)
+    vars(package)["pytorch"] = pytorch
+    vars(pytorch).update({stand_in.__name__: stand_in for stand_in in STAND_INS})
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, TE_NAME, pytorch)
+    monkeypatch.setattr(engine, "why_not_te", lambda: None)
+    return "stand-in"
+
+
+def config_of(engine_name: str) -> Esm2TEConfig:
+    return Esm2TEConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20, num_labels=5,
+        attention_probs_dropout_prob=0.1, layer_norm_eps=3e-6, initializer_range=0.03, engine=engine_name,
+    )  # fmt: skip
+
+
+def on_meta(cls: type[PreTrainedModel], engine_name: str) -> PreTrainedModel:
+    with torch.device("meta"), no_init_weights():
+        return cls(config_of(engine_name))
+
+
+@pytest.mark.parametrize("name", ["", "TE", "cuda", "flash"])
+def test_unknown_engine(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown engine '{name}'; choose one of auto, te, torch"):
+        resolve_engine(name)
+
+
+def cuda_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Card 7")
+
+
+@pytest.mark.parametrize(
+    ("capability", "te_source", "reason"),
+    [
+        (None, "", r"torch sees no CUDA device"),
+        ((7, 5), "", r"Card 7 is older than compute capability 8\.0"),
+        ((8, 0), None, r"transformer_engine cannot be imported \(ModuleNotFoundError: .*\)"),
+        ((9, 0), "raise ImportError('no kernels')", r"cannot be imported \(ImportError: no kernels\)"),
+        ((9, 0), "raise OSError('libcudart.so')", r"cannot be imported \(OSError: libcudart\.so\)"),
+        ((9, 0), "raise RuntimeError('wrong torch')", r"cannot be imported \(RuntimeError: wrong torch\)"),
+        ((8, 0), "", None),
+        ((10, 0), "", None),
+    ],
+)
+def test_where_te_can_run(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capability: tuple[int, int] | None,
+    te_source: str | None,
+    reason: str | None,
+) -> None:
+    cuda_of(monkeypatch, capability)
+    for name in {"transformer_engine", TE_NAME, *(n for n in sys.modules if n.startswith("transformer_engine."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+        if te_source is not None:
+            monkeypatch.delitem(sys.modules, name)  # and afterwards what the import leaves is undone
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(te_source or "")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_engine("torch") == "torch"
+    if reason is None:
+        assert why_not_te() is None
+        assert resolve_engine("auto") == resolve_engine("te") == "te"
+    else:
+        assert resolve_engine("auto") == "torch"
+        with pytest.raises(RuntimeError, match=rf'^engine="te" cannot run here: .*{reason}.*; use engine="torch" or'):
+            resolve_engine("te")
+
+
+def test_torch_never_asks_for_te(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "why_not_te", lambda: pytest.fail("asked"))
+    assert resolve_engine("torch") == "torch"
+
+
+@pytest.mark.usefixtures("fresh_layers")
+def test_layers_te_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, TE_NAME, None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(RuntimeError, match=r'engine="te" needs TransformerEngine'):
+        layers_of("te")
+
+
+@pytest.mark.skipif(why_not_te() is not None, reason="TransformerEngine does not run here")
+@pytest.mark.parametrize("stand_in", STAND_INS)
+def test_the_stand_in_takes_what_transformer_engine_takes(stand_in: type[StandIn]) -> None:
+    real = inspect.signature(getattr(sys.modules[TE_NAME], stand_in.__name__)).parameters
+    open_ended = any(parameter.kind == parameter.VAR_KEYWORD for parameter in real.values())
+    for place, (name, parameter) in enumerate(inspect.signature(stand_in).parameters.items()):
+        assert name in real or open_ended
+        assert parameter.kind == parameter.KEYWORD_ONLY or list(real)[place] == name
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_both_engines_own_the_same_parameters(te: str, cls: type[PreTrainedModel]) -> None:
+    ours = {name: on_meta(cls, name) for name in ("te", "torch")}
+    assert isinstance(ours["te"].base_model.layers[0].mlp.fc1, sys.modules[TE_NAME].LayerNormLinear)
+    assert isinstance(ours["torch"].base_model.layers[0].mlp.fc2, nn.Linear)
+    states = {
+        name: {key: (x.device.type, x.dtype, tuple(x.shape)) for key, x in model.state_dict().items()}
+        for name, model in ours.items()
+    }
+    assert states["te"] == states["torch"]
+    assert {device for device, _, _ in states["te"].values()} == {"meta"}
+    assert not [key for key in states["te"] if "_extra_state" in key]
+    trained = {name: [key for key, p in model.named_parameters() if p.requires_grad] for name, model in ours.items()}
+    assert sorted(trained["te"]) == sorted(trained["torch"])
+
+
+def test_layout_of_a_block(te: str) -> None:
+    shapes = {
+        "attention.qkv.layer_norm_weight": (12,), "attention.qkv.layer_norm_bias": (12,),
+        "attention.qkv.weight": (36, 12), "attention.qkv.bias": (36,),
+        "attention.proj.weight": (12, 12), "attention.proj.bias": (12,),
+        "mlp.fc1.layer_norm_weight": (12,), "mlp.fc1.layer_norm_bias": (12,),
+        "mlp.fc1.weight": (20, 12), "mlp.fc1.bias": (20,),
+        "mlp.fc2.weight": (12, 20), "mlp.fc2.bias": (12,),
+    }  # fmt: skip
+    for name in ("te", "torch"):
+        model = on_meta(Esm2TEModel, name)
+        assert {key: tuple(tensor.shape) for key, tensor in model.layers[1].state_dict().items()} == shapes
+        normed = (model.layers[0].attention.qkv, model.layers[0].mlp.fc1, model.final_norm)
+        assert [module.eps for module in normed] == [3e-6] * 3
+
+
+def test_attention_of_te_is_packed_unmasked_and_scaled_before(te: str) -> None:
+    core = on_meta(Esm2TEModel, "te").layers[0].attention.core
+    assert (core.qkv_format, core.attn_mask_type, core.num_attention_heads) == ("thd", "padding", 3)
+    if te == "stand-in":
+        assert (core.kv_channels, core.attention_dropout, core.softmax_scale) == (4, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("first", ["te", "torch"])
+def test_one_checkpoint_for_both_engines(te: str, tmp_path: Path, first: str) -> None:
+    second = {"te": "torch", "torch": "te"}[first]
+    state = {
+        key: torch.arange(spec.numel()).view(spec.shape).to(spec.dtype) + number
+        for number, (key, spec) in enumerate(on_meta(Esm2TEForMaskedLM, "torch").state_dict().items())
+    }
+    state["lm_head.decoder.weight"] = state["model.embeddings.word_embeddings.weight"]
+    expected = dict(state)
+    for name in (first, second):
+        if name == first:
+            model = Esm2TEForMaskedLM.from_pretrained(None, config=config_of(name), state_dict=state)
+        else:
+            model = Esm2TEForMaskedLM.from_pretrained(tmp_path / first, engine=name)
+        assert model.model.engine == name
+        loaded = model.state_dict()
+        assert loaded.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(loaded[key].cpu(), expected[key])] == []
+        model.save_pretrained(tmp_path / name)
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("te", "torch")]
+    assert files[0].keys() == files[1].keys() == expected.keys() - {"lm_head.decoder.weight"}
+
+
+@pytest.mark.parametrize("name", ["te", "torch"])
+def test_both_engines_start_alike(te: str, name: str) -> None:
+    torch.manual_seed(0)
+    with torch.device("cuda" if te == "real" else "cpu"):
+        model = Esm2TEModel(config_of(name))
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            assert not parameter.any(), key
+        elif "norm" in key:
+            assert bool((parameter == 1).all()), key
+        elif parameter.numel() > 100:
+            assert abs(float(parameter.detach().std()) - 0.03) < 0.006, key
