@@ -42,6 +42,8 @@ def git_commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True).stdout.strip()
 
+    if "GIT_COMMIT" in os.environ:  # measured on a copy without .git
+        return os.environ["GIT_COMMIT"]
     changed = git("status", "--porcelain", "--", "../src", "../models")
     return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
 

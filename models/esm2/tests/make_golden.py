@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from conftest import make_original
+
 from biote.golden import capture
 from biote.runtime.verify import GOLDEN_FILE
-from conftest import make_original
 from esm2.convert import PORT
 
 SEED = 2023

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from biote.testing import contract
 from esm2 import Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEModel
 from esm2.convert import PORT

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
 from biote.testing import contract
 from esm2 import Esm2TEForMaskedLM
 from esm2.convert import PORT
-from safetensors.torch import load_file, save_file
 
 INV_FREQ = "rotary_embeddings.inv_freq"
 
@@ -37,7 +38,7 @@ def published(state):
     for i in range(3):
         state[f"esm.encoder.layer.{i}.attention.self.{INV_FREQ}"] = frequencies.clone()
     state["esm.embeddings.position_ids"] = torch.arange(1026)[None]
-    state["esm.embeddings.position_embeddings.weight"] = torch.zeros(1026, 48)
+    state["esm.embeddings.position_embeddings.weight"] = torch.zeros(1026, 64)
     state["lm_head.decoder.weight"] = state["esm.embeddings.word_embeddings.weight"].clone()
     return state
 

@@ -1,4 +1,5 @@
 import pytest
+
 from biote.testing import contract
 from esm2.convert import PORT
 
@@ -17,6 +18,13 @@ def test_float64_equals_the_original_with_gradients(case, auto):
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM"])
 def test_lower_dtypes_stay_at_the_noise_floor(case, auto, dtype):
     contract.assert_noise_floor(case, auto, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("engine", ["torch", "te"])
+def test_gpu_engines_stay_at_the_noise_floor(case, engine, dtype):
+    contract.assert_noise_floor(case, "AutoModelForMaskedLM", dtype, engine, "cuda")
 
 
 @pytest.mark.parametrize("auto", PORT.classes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .engine import Layers
 from .packing import Packing
@@ -37,17 +38,28 @@ class LayerNorm(_PlainState, te.LayerNorm):
 
 
 class Linear(_PlainState, te.Linear):
-    """Linear layer."""
+    """Linear layer; in float32 PyTorch's, since TE's float32 products are TF32 whatever torch's settings say."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias, **_placement())
 
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.linear(x, self.weight, self.bias if self.use_bias else None)
+        return super().forward(x)
+
 
 class LayerNormLinear(_PlainState, te.LayerNormLinear):
-    """Layer norm, then a linear layer, fused."""
+    """Layer norm, then a linear layer, fused; in float32 PyTorch's, as `Linear`."""
 
     def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
         super().__init__(in_features, out_features, eps=eps, bias=bias, **_placement())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            x = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
+            return F.linear(x, self.weight, self.bias if self.use_bias else None)
+        return super().forward(x)
 
 
 class DotProductAttention(_PlainState, te.DotProductAttention):

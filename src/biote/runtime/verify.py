@@ -48,14 +48,17 @@ def read_golden(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json.loads(file.metadata()["provenance"])
 
 
-def outputs_of(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Logits, last hidden state [B, S, N] and contacts, of whichever the model has; zero at padding."""
+def outputs_of(model: Any, input_ids: Tensor, attention_mask: Tensor, contacts: bool = True) -> dict[str, Tensor]:
+    """Logits, last hidden state [B, S, N] and contacts, whichever the model has; zero at padding, float64, on the CPU.
+
+    contacts=False leaves contacts out, which need every attention map at once.
+    """
     with torch.no_grad():
         output = model(input_ids, attention_mask=attention_mask, output_hidden_states=True)
         found = {"last_hidden_state": output.hidden_states[-1]}
         if "logits" in output:
             found["logits"] = output.logits
-        if hasattr(model, "predict_contacts"):
+        if contacts and hasattr(model, "predict_contacts"):
             found["contacts"] = model.predict_contacts(input_ids, attention_mask)
     rows = attention_mask.shape
     for key, value in found.items():

@@ -97,7 +97,7 @@ def _assert_gradients(case: Case, auto: str, original: Any, ours: Any) -> None:
     mapping = case.port.formats["hf"].mapping(ours.config, original.config.to_dict(), auto)
     specs = {key: tensor.to("meta") for key, tensor in gradients.items()}
     plan = mapping.plan(specs, state_specs(type(ours), ours.config), "from")
-    expected = {}
+    expected: dict[str, Tensor] = {}
     for step in plan.steps:
         expected.update(zip(step.targets, step.apply([gradients[key] for key in step.sources]), strict=True))
     for name, parameter in ours.named_parameters():
@@ -148,7 +148,8 @@ def assert_round_trip(case: Case, auto: str) -> None:
 def assert_file_round_trip(case: Case, auto: str, tmp_path: Path, dtype: torch.dtype = torch.float32) -> None:
     """The same over files, sharded on the way, dtype kept, to every format and back."""
     source = tmp_path / "original"
-    case.make_original(auto, 0).to(dtype).save_pretrained(source)
+    original: Any = case.make_original(auto, 0)
+    original.to(dtype).save_pretrained(source)
     convert_folder(source, tmp_path / "te", TE, max_shard_bytes=20_000)
     assert (tmp_path / "te" / INDEX).is_file()
     _assert_same_model(case, auto, source, tmp_path / "te")
