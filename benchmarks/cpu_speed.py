@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import esm2
 import torch
 import typer
 from common import RESULTS, provenance, write_result
@@ -20,6 +19,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import EsmConfig, EsmForMaskedLM, PreTrainedModel
+
+import esm2
 
 CLS, PAD, EOS, MASK = 0, 1, 2, 32
 RESIDUES = (4, 24)  # ids of the twenty amino acids, half open

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from ..runtime.engine import why_not_te
+
 MARKERS = {
     "gpu": "needs an NVIDIA GPU",
     "fp8": "needs a GPU with fp8 (compute capability 8.9)",
@@ -18,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    why_not_te()  # imports TransformerEngine while it still can: once torch has loaded its cuDNN, a second copy may clash
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
