@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
-    why_not_te()  # imports TransformerEngine while it still can: once torch has loaded its cuDNN, a second copy may clash
+    why_not_te()  # imports TransformerEngine first: after torch has loaded its own cuDNN, a second copy may clash
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,32 @@
+# demo, test, test-gpu and lint each make the environment in .venv first; `make clean` removes it.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+MODELS := $(patsubst %/pyproject.toml,%,$(wildcard models/*/pyproject.toml))
+READY := $(VENV)/.ready
+
+$(READY): pyproject.toml $(MODELS:%=%/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]" $(MODELS:%=-e ./%)
+	touch $@
+
+.PHONY: demo test test-gpu lint clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py $(if $(FROM),--source $(FROM))
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-gpu:  # in the environment at hand, which has CUDA and TransformerEngine
+	$(PYTHON) -m pytest -q -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build
