@@ -12,13 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from esm2 import (
-    Esm2TEConfig,
-    Esm2TEForMaskedLM,
-    Esm2TEForSequenceClassification,
-    Esm2TEForTokenClassification,
-    Esm2TEModel,
-)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +20,13 @@ from transformers.initialization import no_init_weights
 import biote.runtime
 from biote.runtime import engine
 from biote.runtime.engine import layers_of, resolve_engine, why_not_te
+from esm2 import (
+    Esm2TEConfig,
+    Esm2TEForMaskedLM,
+    Esm2TEForSequenceClassification,
+    Esm2TEForTokenClassification,
+    Esm2TEModel,
+)
 
 CLASSES = [Esm2TEModel, Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEForSequenceClassification]
 TE_NAME = "transformer_engine.pytorch"
@@ -34,9 +34,6 @@ TE_NAME = "transformer_engine.pytorch"
 
 class StandIn(nn.Module):
     """A module with TransformerEngine's extra state and default device."""
-
-    def __init__(self) -> None:
-        super().__init__()
 
     def own(self, device: Any, dtype: torch.dtype | None, **shapes: tuple[int, ...]) -> None:
         for name, shape in shapes.items():
@@ -61,6 +58,7 @@ class Linear(StandIn):
         self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: Any = None, device: Any = "cuda"
     ) -> None:
         super().__init__()
+        self.use_bias = bias
         biases = {"bias": (out_features,)} if bias else {}
         self.own(device, params_dtype, weight=(out_features, in_features), **biases)
 
@@ -242,6 +240,24 @@ def test_attention_of_te_is_packed_unmasked_and_scaled_before(te: str) -> None:
     assert (core.qkv_format, core.attn_mask_type, core.num_attention_heads) == ("thd", "padding", 3)
     if te == "stand-in":
         assert (core.kv_channels, core.attention_dropout, core.softmax_scale) == (4, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_float32_layers_of_te_are_those_of_torch(te: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    expected_norm = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 0.1).sqrt()
+    weight, shift, gain, offset = torch.randn(6, 8), torch.randn(6), torch.rand(8), torch.randn(8)
+    own = {"weight": weight, **({"bias": shift} if bias else {})}
+    added = shift if bias else 0.0
+    device = "cuda" if te == "real" else "cpu"
+    with torch.device(device):
+        linear = layers_of("te").Linear(8, 6, bias=bias)
+        fused = layers_of("te").LayerNormLinear(8, 6, eps=0.1, bias=bias)
+    linear.load_state_dict(own)
+    fused.load_state_dict({"layer_norm_weight": gain, "layer_norm_bias": offset, **own})
+    torch.testing.assert_close(linear(x.to(device)).cpu(), x @ weight.T + added)
+    torch.testing.assert_close(fused(x.to(device)).cpu(), (expected_norm * gain + offset) @ weight.T + added)
 
 
 @pytest.mark.parametrize("first", ["te", "torch"])

@@ -130,6 +130,8 @@ def test_drop_is_read_past_and_never_written() -> None:
     for extra in ({}, {"old.1": numbers(1)}, {"old.0": numbers(1), "old.1": numbers(9)}):
         assert_same(convert(mapping, {"a": numbers(2), **extra}, "from", {"b": numbers(2)}), {"b": numbers(2)})
     assert_same(convert(mapping, {"b": numbers(2)}, "to"), {"a": numbers(2)})
+    with pytest.raises(MappingError, match=r"1 problem: unknown old\.0$"):
+        mapping.plan(meta({"b": numbers(2), "old.0": numbers(1)}), None, "to")
 
 
 def test_recompute_is_made_when_reading_and_left_out_when_writing() -> None:
@@ -149,6 +151,13 @@ def test_leave_out_is_lost_when_writing_and_never_made() -> None:
 def test_shared_is_read_from_any_copies(keys: tuple[str, ...]) -> None:
     mapping = Mapping.of(SHARED, i=range(2))
     assert_same(convert(mapping, {key: numbers(3) for key in keys}, "from"), {"x": numbers(3)})
+
+
+@pytest.mark.parametrize(("there", "absent"), [((), ("a.0", "a.1")), (("a.0",), ("a.1",))])
+def test_shared_without_enough_copies(there: tuple[str, ...], absent: tuple[str, ...]) -> None:
+    found = problems_of([SHARED], {key: numbers(3) for key in there}, {"x": numbers(3)})
+    assert found == [f"missing {key}" for key in absent]
+    assert problems_of([SHARED], {}, None, "to") == ["missing x"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +184,11 @@ def test_keys_in_other_spellings() -> None:
     with pytest.raises(MappingError, match=r"old\.bias is there under two spellings") as caught:
         mapping.plan(meta({"old.bias": numbers(2), **spelled}), None, "from")
     assert len(caught.value.problems) == 1
+
+
+def test_our_keys_have_one_spelling() -> None:
+    mapping = Mapping.of(Rename(theirs=("weight",), ours=("gamma",)), respell=[("gamma$", "weight")])
+    assert_same(convert(mapping, {"gamma": numbers(2)}, "to"), {"weight": numbers(2)})
 
 
 def test_under_keeps_the_bare_model_alone() -> None:
@@ -265,10 +279,12 @@ def test_shapes_that_a_rule_cannot_take(rule: Rule, source: dict[str, tuple[int,
 
 def test_plan_moves_nothing_and_says_what_will_be_made() -> None:
     theirs = {"q": numbers(4, 3, dtype=torch.float16), "k": numbers(4, 3), "v": numbers(4, 3), "n": numbers(2).long()}
-    plan = Mapping.of(Rename(theirs=("n",), ours=("m",)), FUSE).plan(meta(theirs), None, "from")
-    assert [step.sources for step in plan.steps] == [("n",), ("q", "k", "v")]
+    made_anew = Recompute(ours=("f",), make=lambda: numbers(5), why="not stored")
+    plan = Mapping.of(Rename(theirs=("n",), ours=("m",)), FUSE, made_anew).plan(meta(theirs), None, "from")
+    assert [step.sources for step in plan.steps] == [("n",), ("q", "k", "v"), ()]
     made = {key: (spec.device.type, spec.dtype, tuple(spec.shape)) for key, spec in plan.made.items()}
-    assert made == {"m": ("meta", torch.int64, (2,)), "qkv": ("meta", torch.float32, (12, 3))}
+    expected = {"m": (torch.int64, (2,)), "qkv": (torch.float32, (12, 3)), "f": (torch.float32, (5,))}
+    assert made == {key: ("meta", *spec) for key, spec in expected.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -20,18 +20,16 @@ def turned(x: Tensor, angles: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3.7])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 2e-7), (torch.float32, 5e-7), (torch.float16, 2**-10), (torch.bfloat16, 2**-7)],
-)
-def test_rotate_half_is_complex_multiplication(dtype: torch.dtype, tolerance: float, scale: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_rotate_half_is_complex_multiplication(dtype: torch.dtype, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(T, H, D, generator=generator, dtype=torch.float64).to(dtype)
     angles = torch.rand(T, D // 2, generator=generator, dtype=torch.float64) * 50 - 25
     out = rotate_half(x, angles.cos().float(), angles.sin().float(), scale)
     assert out.dtype == dtype
     expected = turned(x.double() * scale, angles)
-    np.testing.assert_allclose(out.double().numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    once = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0  # half precision is rounded once, at the end
+    np.testing.assert_allclose(out.double().numpy(), expected, rtol=once * 1.001, atol=3e-7 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])

@@ -131,3 +131,7 @@ def run(command: Callable[[], None]) -> None:
 def main() -> None:
     """Entry point of the `biote` command."""
     run(app)
+
+
+if __name__ == "__main__":
+    main()

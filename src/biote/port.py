@@ -31,7 +31,7 @@ class Checkpoint:
 class Format:
     """A layout that the model's checkpoints have in the wild.
 
-    architectures: class name in config.json by Auto class ("AutoModelForMaskedLM": "EsmForMaskedLM").
+    architectures: class name in config.json, by Auto class ("AutoModelForMaskedLM", ...).
     mapping: (our config, its config.json, Auto class) -> Mapping; read_config: its config.json -> our config;
     write_config: (our config, Auto class) -> its config.json.
     build: (config.json, Auto class) -> the original implementation, its weights yet to be loaded; load: (folder,

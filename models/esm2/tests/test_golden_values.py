@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from biote.testing import contract
 from esm2.convert import PORT
@@ -25,6 +26,17 @@ def test_lower_dtypes_stay_at_the_noise_floor(case, auto, dtype):
 @pytest.mark.parametrize("engine", ["torch", "te"])
 def test_gpu_engines_stay_at_the_noise_floor(case, engine, dtype):
     contract.assert_noise_floor(case, "AutoModelForMaskedLM", dtype, engine, "cuda")
+
+
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_inputs_and_outputs(case, auto):
+    contract.assert_inputs_and_outputs(case, auto)
+
+
+def test_sequences_longer_than_the_position_table_run_as_in_the_original(case):
+    original, ours = case.pair("AutoModelForMaskedLM")
+    ids = torch.randint(4, 24, (1, 1100), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("auto", PORT.classes)

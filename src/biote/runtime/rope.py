@@ -1,6 +1,6 @@
 """Rotary position embedding, half convention: dimension i turns together with dimension i + D/2.
 
-Source: Su et al. 2021 (RoFormer), as used by ESM-2.
+Source: Su et al. 2021 (RoFormer).
 Shapes: T packed tokens, H heads, D head dim.
 """
 

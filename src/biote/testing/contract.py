@@ -134,6 +134,36 @@ def assert_golden(case: Case, folder: Path, dtype_name: str) -> None:
         assert check.passed, check
 
 
+def assert_inputs_and_outputs(case: Case, auto: str) -> None:
+    """Embeddings as input, masks of every type or none, attention maps, tuples: all as in the original."""
+    original, ours = case.pair(auto)
+    batch = case.make_batch(auto, 0)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    pairs = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]  # [B, 1, S, S]
+    with torch.no_grad():
+        whole = ours(ids, attention_mask=mask, output_attentions=True)
+        theirs = original(ids, attention_mask=mask, output_attentions=True)
+        for mine, reference in zip(whole.attentions, theirs.attentions, strict=True):
+            _close(mine, reference * pairs, "attention map")
+        for same in (mask.bool(), mask.double(), mask.int()):
+            assert torch.equal(ours(ids, attention_mask=same)[0], whole[0])
+        _close(ours(ids)[0], original(ids)[0], "output without a mask")
+        embeddings = original.get_input_embeddings()(ids) * mask[..., None]
+        given = {"inputs_embeds": embeddings, "attention_mask": mask}
+        keep = mask.bool() if whole[0].shape[:2] == mask.shape else slice(None)
+        _close(ours(**given)[0][keep], original(**given)[0][keep], "output from embeddings")
+        as_tuple = ours(ids, attention_mask=mask, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], whole[0])
+    with pytest.raises(TypeError, match="atention_mask"):
+        ours(ids, atention_mask=mask)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        ours(ids, inputs_embeds=embeddings)
+    for bad in (-1, ours.config.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary"):
+            ours(torch.full((1, 4), bad))
+
+
 def assert_round_trip(case: Case, auto: str) -> None:
     """Original -> ours -> original in memory: every tensor is torch.equal, and no storage is shared."""
     original, ours = case.pair(auto)

@@ -1,0 +1,181 @@
+"""The command line on good and bad input: one line, no traceback, nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from biote import cli, export
+from biote.files import INDEX, WEIGHTS
+
+
+@pytest.fixture
+def biote(monkeypatch, capsys):
+    """Run `biote ARGUMENTS` in this process; returns (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["biote", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def source(tmp_path, tiny_original):
+    """A copy of the tiny original that a test may damage."""
+    shutil.copytree(tiny_original, tmp_path / "source", ignore=shutil.ignore_patterns("golden*"))
+    return tmp_path / "source"
+
+
+def damage_nan(folder):
+    state = load_file(folder / WEIGHTS)
+    state["lm_head.dense.weight"][3, 4] = torch.nan
+    save_file(state, folder / WEIGHTS)
+
+
+def damage_truncate(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def damage_pickle(folder):
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def damage_index(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.bias": "../elsewhere.safetensors"}}))
+
+
+def damage_missing(folder):
+    state = load_file(folder / WEIGHTS)
+    save_file({key: tensor for key, tensor in state.items() if "lm_head.dense" not in key}, folder / WEIGHTS)
+
+
+def edit_config(**changes):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return damage
+
+
+DAMAGES = {
+    "nan": (damage_nan, "lm_head.dense.weight holds NaN"),
+    "truncated": (damage_truncate, "truncated or not a safetensors file"),
+    "pickle": (damage_pickle, "never loaded"),
+    "index outside": (damage_index, "points outside its folder: ../elsewhere.safetensors"),
+    "missing keys": (damage_missing, "2 problems: missing lm_head.dense.weight; missing lm_head.dense.bias"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds neither"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+    "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
+    "other model": (edit_config(model_type="llama"), "model_type 'llama' fits no port"),
+    "other head": (edit_config(architectures=["EsmForProteinFolding"]), "'EsmForProteinFolding' is not supported"),
+    "other ESM": (edit_config(position_embedding_type="absolute"), "position_embedding_type='absolute'"),
+    "wrong shape": (edit_config(intermediate_size=48), "mis-shaped"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(biote, source, tmp_path, command, name):
+    damage, message = DAMAGES[name]
+    damage(source)
+    status, _, error = biote(command, source, tmp_path / "out", *(["--to", "te"] if command == "convert" else []))
+    assert status == 1
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+BAD_ARGUMENTS = {
+    "unknown format": (["--to", "onnx"], "unknown format 'onnx'; esm2 has te, hf, nvidia"),
+    "same format": (["--to", "hf"], "in the 'hf' format already"),
+    "unknown port": (["--to", "te", "--port", "esm9"], "unknown port 'esm9'; installed: "),
+    "unknown dtype": (["--to", "te", "--dtype", "int3"], "unknown dtype 'int3'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(biote, source, tmp_path, name):
+    arguments, message = BAD_ARGUMENTS[name]
+    status, _, error = biote("convert", source, tmp_path / "out", *arguments)
+    assert (status, error.count("\n")) == (1, 1)
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_existing_output_is_left_alone(biote, source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    for arguments in (["convert", source, tmp_path / "out", "--to", "te"], ["export", source, tmp_path / "out"]):
+        status, _, error = biote(*arguments)
+        assert (status, error.count("\n")) == (1, 1)
+        assert "exists already" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/at-all", "facebook/esm2_t6_8M_UR50D", "esm2_t6_8M_UR50D", "esm2_t7"])
+def test_what_is_neither_here_nor_on_the_hub(tmp_path, name):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")}
+    command = [sys.executable, "-m", "biote.cli", "convert", name, str(tmp_path / "out"), "--to", "te"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert name in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_there_and_back_and_between_foreign_formats(biote, source, tmp_path):
+    assert biote("convert", source, tmp_path / "te", "--to", "te")[0] == 0
+    assert biote("convert", tmp_path / "te", tmp_path / "back", "--to", "hf", "--max-shard-gb", "0.001")[0] == 0
+    assert biote("convert", source, tmp_path / "nvidia", "--to", "nvidia", "--dtype", "bfloat16")[0] == 0
+    state = load_file(tmp_path / "nvidia" / WEIGHTS)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "nvidia" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_list_and_env(biote):
+    status, out, _ = biote("list")
+    assert status == 0
+    assert "esm2_t48" in out
+    status, out, _ = biote("env")
+    assert status == 0
+    assert torch.__version__ in out
+
+
+def test_export_writes_a_valid_card_and_pushes_the_folder(source, tmp_path, monkeypatch, capsys):
+    pushed = []
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok):
+            pushed.append(repo_id)
+
+        def upload_folder(self, repo_id, folder_path):
+            pushed.append((repo_id, folder_path))
+
+    monkeypatch.setattr(export, "HfApi", Hub)
+    export.export(str(source), tmp_path / "out", push="me/tiny")
+    assert pushed == ["me/tiny", ("me/tiny", tmp_path / "out")]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.library_name == "transformers"
+    assert 'from_pretrained("me/tiny", trust_remote_code=True)' in card.text
+    assert "| torch | float64 | logits |" in card.text
+
+
+def test_verify_refuses_a_folder_that_is_no_export(biote, source):
+    status, _, error = biote("verify", source)
+    assert (status, error.count("\n")) == (1, 1)
+    assert "not an exported folder" in error
