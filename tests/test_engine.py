@@ -36,6 +36,8 @@ class StandIn(nn.Module):
     """A module with TransformerEngine's extra state and default device."""
 
     def own(self, device: Any, dtype: torch.dtype | None, **shapes: tuple[int, ...]) -> None:
+        if device != "meta" and torch.device(device).type == "meta":
+            device = "cuda"  # TransformerEngine's linear layers know "meta" as a string only, and leave any other
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.full(shape, 0.5, device=device, dtype=dtype)))
 
@@ -50,7 +52,7 @@ class LayerNorm(StandIn):
     def __init__(self, normalized_shape: int, eps: float = 1e-5, *, device: Any = "cuda", dtype: Any = None) -> None:
         super().__init__()
         self.eps = eps
-        self.own(device, dtype, weight=(normalized_shape,), bias=(normalized_shape,))
+        self.own(str(device), dtype, weight=(normalized_shape,), bias=(normalized_shape,))
 
 
 class Linear(StandIn):
@@ -206,8 +208,13 @@ def test_the_stand_in_takes_what_transformer_engine_takes(stand_in: type[StandIn
 @pytest.mark.parametrize("cls", CLASSES)
 def test_both_engines_own_the_same_parameters(te: str, cls: type[PreTrainedModel]) -> None:
     ours = {name: on_meta(cls, name) for name in ("te", "torch")}
-    assert isinstance(ours["te"].base_model.layers[0].mlp.fc1, sys.modules[TE_NAME].LayerNormLinear)
-    assert isinstance(ours["torch"].base_model.layers[0].mlp.fc2, nn.Linear)
+    for name, source in (("te", sys.modules[TE_NAME]), ("torch", nn)):
+        base = ours[name].base_model
+        assert isinstance(base.layers[0].mlp.fc2, source.Linear)
+        assert isinstance(base.layers[0].attention.proj, source.Linear)
+        assert isinstance(base.final_norm, source.LayerNorm)
+    assert isinstance(ours["te"].base_model.layers[0].attention.qkv, sys.modules[TE_NAME].LayerNormLinear)
+    assert isinstance(ours["te"].base_model.layers[0].attention.core, sys.modules[TE_NAME].DotProductAttention)
     states = {
         name: {key: (x.device.type, x.dtype, tuple(x.shape)) for key, x in model.state_dict().items()}
         for name, model in ours.items()

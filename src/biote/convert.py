@@ -92,11 +92,8 @@ class Conversion:
         if (self.source_format == TE) == (to == TE):
             raise ValueError(f"{where} is in the {self.source_format!r} format; one side of a conversion must be 'te'")
         self.config, self.their_config, mapping = self._read_configs(config, config_kwargs)
-        if to == TE:
-            target = state_specs(port.classes[self.auto], self.config)
-            self.plan: Plan = mapping.plan(source, target, "from", where)
-        else:
-            self.plan = mapping.plan(source, None, "to", where)
+        ours = state_specs(port.classes[self.auto], self.config)
+        self.plan: Plan = mapping.plan(source, ours, "from" if to == TE else "to", where)
 
     def _read_configs(self, config: Json, config_kwargs: Json) -> tuple[EncoderConfig, Json, Mapping]:
         port, auto = self.port, self.auto
@@ -130,9 +127,9 @@ class Conversion:
             sources = read(step.sources)
             for key, tensor in zip(step.sources, sources, strict=True):
                 refuse_nan(key, tensor)
-            cast = None if step.rule.keep_dtype else dtype
-            for key, tensor in zip(step.targets, step.apply(sources), strict=True):
-                yield key, tensor.to(cast) if cast and tensor.is_floating_point() else tensor
+            if dtype and not step.rule.keep_dtype:  # before the rule, which may fill rows with a dtype's lowest number
+                sources = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in sources]
+            yield from zip(step.targets, step.apply(sources), strict=True)
 
     def specs(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Meta tensors of the result, in the order they come."""

@@ -130,15 +130,19 @@ class PadRows(Shared):
     fill: float | Literal["min"] = 0.0
 
     def read(self, tensors: list[Tensor]) -> list[Tensor]:
-        if tensors[0].shape[0] != self.their_rows:
-            raise ValueError(f"has {tensors[0].shape[0]} rows, expected {self.their_rows}")
+        self._expect_rows(tensors[0], self.their_rows)
         return [super().read(tensors)[0][: self.our_rows]]
 
     def write(self, tensors: list[Tensor]) -> list[Tensor]:
         x = tensors[0]
+        self._expect_rows(x, self.our_rows)
         fill = torch.finfo(x.dtype).min if self.fill == "min" else self.fill
         padding = x.new_full((self.their_rows - self.our_rows, *x.shape[1:]), fill)
         return super().write([torch.cat((x, padding))])
+
+    def _expect_rows(self, x: Tensor, rows: int) -> None:
+        if x.shape[:1] != (rows,):
+            raise ValueError(f"has the shape {list(x.shape)}, expected {rows} rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +238,10 @@ class Mapping:
         inside = [r for r in self.rules if _all_under(r.theirs, theirs) and _all_under(r.ours, ours)]
         return Mapping(tuple(_strip(rule, theirs, ours) for rule in inside), self.respell)
 
-    def plan(self, source: Specs, target: Specs | None, direction: Direction, where: str = "checkpoint") -> Plan:
-        """Bind the rules to the keys of `source`; check that they make exactly the keys and shapes of `target`.
+    def plan(self, source: Specs, ours: Specs | None, direction: Direction, where: str = "checkpoint") -> Plan:
+        """Bind the rules to the keys of `source`, and check keys and shapes.
 
-        target: None where the foreign format is written, whose keys the rules alone define.
+        ours: the keys and shapes of our layout, which a reading must make and a writing must find; None trusts.
         Raises MappingError listing every missing, unknown, doubly claimed and mis-shaped key.
         """
         spelled = {self._canonical(key) if direction == "from" else key: key for key in source}
@@ -257,7 +261,10 @@ class Mapping:
             except ValueError as error:
                 problems.append(f"mis-shaped {error}")
         problems += self._claims(known, direction)
-        problems += [] if target is None else self._against(target, made, direction)
+        if ours is not None and direction == "from":
+            problems += self._against(ours, made)
+        elif ours is not None:
+            problems += _mis_shaped(known, ours)
         if problems:
             raise MappingError(where, problems)
         return Plan(steps, {key: torch.empty_like(spec, device="meta") for key, spec in made.items()})
@@ -265,24 +272,28 @@ class Mapping:
     def _claims(self, known: Specs, direction: Direction) -> list[str]:
         claims = Counter(key for rule in self.rules for key in rule.present(direction, known))
         twice = [f"{key} is read by {count} rules" for key, count in claims.items() if count > 1]
+        products = Counter(key for rule in self.rules for key in rule.targets(direction))
+        twice += [f"{key} is made by {count} rules" for key, count in products.items() if count > 1]
         return twice + [f"unknown {key}" for key in known if not claims[key]]
 
-    def _against(self, target: Specs, made: Specs, direction: Direction) -> list[str]:
-        rules = Counter(key for rule in self.rules for key in rule.targets(direction))
-        problems = [f"{key} is made by {count} rules" for key, count in rules.items() if count > 1]
-        problems += [f"no rule makes {key}" for key in target if not rules[key]]
-        problems += [f"{key} is made, but the model has no such weight" for key in made if key not in target]
-        problems += [
-            f"mis-shaped {key}: {list(made[key].shape)} instead of {list(spec.shape)}"
-            for key, spec in target.items()
-            if key in made and made[key].shape != spec.shape
-        ]
-        return problems
+    def _against(self, ours: Specs, made: Specs) -> list[str]:
+        makeable = {key for rule in self.rules for key in rule.ours}
+        problems = [f"no rule makes {key}" for key in ours if key not in makeable]
+        problems += [f"{key} is made, but the model has no such weight" for key in made if key not in ours]
+        return problems + _mis_shaped(made, ours)
 
     def _canonical(self, key: str) -> str:
         for pattern, replacement in self.respell:
             key = re.sub(pattern, replacement, key)
         return key
+
+
+def _mis_shaped(found: Specs, expected: Specs) -> list[str]:
+    return [
+        f"mis-shaped {key}: {list(found[key].shape)} instead of {list(spec.shape)}"
+        for key, spec in expected.items()
+        if key in found and found[key].shape != spec.shape
+    ]
 
 
 def refuse_nan(key: str, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ except ImportError as error:
 
 def _placement() -> dict[str, Any]:
     """TE builds on "cuda" unless told; follow torch's default device (meta during from_pretrained) instead."""
-    return {"device": torch.empty(0).device}
+    return {"device": str(torch.empty(0).device)}  # a string: TE compares it with "meta"
 
 
 class _PlainState:

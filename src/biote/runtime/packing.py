@@ -121,7 +121,7 @@ def _packed(
     tokens = inputs.shape[1]
     if inputs.shape[0] != 1:
         raise ValueError(f"packed input (cu_seq_lens_q) is one row [1, T]; got a batch of {inputs.shape[0]} rows")
-    if attention_mask is not None and not bool(attention_mask.all()):
+    if attention_mask is not None and not bool(_keep_mask(attention_mask, (1, tokens)).all()):
         raise ValueError("packed input (cu_seq_lens_q) has no padding, but attention_mask holds zeros")
     if cu_seq_lens_q.dim() != 1 or len(cu_seq_lens_q) < 2:
         raise ValueError(f"cu_seq_lens_q must be one row of boundaries [B + 1], got {list(cu_seq_lens_q.shape)}")

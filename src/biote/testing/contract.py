@@ -113,7 +113,7 @@ def assert_noise_floor(
     original, ours = case.pair(auto, engine=engine)
     batch = case.make_batch(auto, 0)
     inputs = (batch["input_ids"], batch["attention_mask"])
-    on_device = [tensor.to(device) for tensor in inputs]
+    on_device = (inputs[0].to(device), inputs[1].to(device))
     reference = outputs_of(original, *inputs)
     floor = outputs_of(copy.deepcopy(original).to(device, dtype), *on_device)
     found = outputs_of(ours.to(device, dtype), *on_device)
