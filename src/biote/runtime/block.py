@@ -1,8 +1,10 @@
 """The transformer block, written once over the layers of either engine.
 
-Shapes: T packed tokens, H heads, D head dim, N hidden size (H * D), L length of one sequence.
+The residual stream travels as a pair (x, delta) whose sum it is: the sum is taken together with the next norm.
+Shapes: T packed tokens, H heads, D head dim, N hidden size (H * D).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .engine import Layers
 from .packing import Packing
-from .rope import rotate_half
 
-ACTIVATIONS = {
-    "gelu": F.gelu,  # erf, as the original; TE's fused GELU is the tanh one
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+ACTIVATIONS = ("gelu", "gelu_tanh")  # gelu is the erf one, as the original; TE's own fused GELU is the tanh one
 
 
 class SelfAttention(nn.Module):
@@ -28,26 +26,34 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.qkv = layers.LayerNormLinear(config.hidden_size, 3 * config.hidden_size, eps=config.layer_norm_eps)
+        self.split_and_rotate = layers.split_and_rotate
         self.core = layers.DotProductAttention(self.num_heads, self.head_dim, config.attention_probs_dropout_prob)
         self.proj = layers.Linear(config.hidden_size, config.hidden_size)
 
-    def queries_keys_values(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, N] -> 3 x [T, H, D]; queries are scaled by D^-0.5, queries and keys turned to their positions."""
-        q, k, v = self.qkv(x).view(-1, self.num_heads, 3, self.head_dim).unbind(2)
-        return rotate_half(q, *rotary, scale=self.head_dim**-0.5), rotate_half(k, *rotary), v
+    def queries_keys_values(
+        self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The sum [T, N], and 3 x [T, H, D]: queries are scaled by D^-0.5, queries and keys turned."""
+        x, qkv = self.qkv(x, delta)
+        return x, self.split_and_rotate(qkv, *rotary, self.num_heads, self.head_dim**-0.5)
 
-    def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        return self.proj(self.core(*self.queries_keys_values(x, rotary), packing))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, and what attention adds to it, [T, N] each."""
+        x, qkv = self.queries_keys_values(x, delta, rotary)
+        return x, self.proj(self.core(*qkv, packing))
 
-    def probabilities(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def probabilities(
+        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """The attention weights themselves, [B, H, S, S] in the caller's rows, zero where there is no token."""
-        q, k, _ = self.queries_keys_values(x, rotary)
+        _, (q, k, _) = self.queries_keys_values(x, delta, rotary)
         (rows, width), device = packing.shape, x.device
         weights = q.new_zeros(rows, self.num_heads, width, width)
         slots = torch.arange(rows * width, device=device) if packing.indices is None else packing.indices
-        for one, qi, ki in zip(
-            slots.split(packing.lengths), q.split(packing.lengths), k.split(packing.lengths), strict=True
-        ):
+        pieces = (tensor.split(packing.lengths) for tensor in (slots, q, k))
+        for one, qi, ki in zip(*pieces, strict=True):
             row, columns = int(one[0]) // width, one % width
             scores = torch.einsum("lhd,mhd->hlm", qi, ki)
             weights[row, :, columns[:, None], columns] = scores.softmax(-1)
@@ -59,12 +65,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Any, layers: Layers):
         super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = layers.gelu if config.hidden_act == "gelu" else partial(F.gelu, approximate="tanh")
         self.fc1 = layers.LayerNormLinear(config.hidden_size, config.intermediate_size, eps=config.layer_norm_eps)
         self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and what the layer adds to it, [T, N] each."""
+        x, up = self.fc1(x, delta)
+        return x, self.fc2(self.activation(up))
 
 
 class TransformerBlock(GradientCheckpointingLayer):
@@ -76,7 +84,10 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.mlp = FeedForward(config, layers)
         self.dropout = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, packing: Packing, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """[T, N] -> [T, N]."""
-        x = x + F.dropout(self.attention(x, packing, rotary), self.dropout, self.training)
-        return x + F.dropout(self.mlp(x), self.dropout, self.training)
+    def forward(
+        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(x, delta) -> (x, delta), [T, N] each; delta is None before the first block."""
+        x, delta = self.attention(x, delta, packing, rotary)
+        x, delta = self.mlp(x, F.dropout(delta, self.dropout, self.training))
+        return x, F.dropout(delta, self.dropout, self.training)

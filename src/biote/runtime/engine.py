@@ -33,12 +33,14 @@ def resolve_engine(requested: str) -> str:
 
 
 class Layers(NamedTuple):
-    """The layer classes of one engine."""
+    """The layer classes and functions of one engine."""
 
     LayerNorm: Any
     Linear: Any
     LayerNormLinear: Any
     DotProductAttention: Any
+    split_and_rotate: Any
+    gelu: Any
 
 
 def layers_of(engine: str) -> Layers:

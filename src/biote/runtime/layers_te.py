@@ -14,8 +14,11 @@ from .packing import Packing
 
 try:
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
+
+from .kernels import add_norm, gelu, rotate_qkv
 
 
 def _placement() -> dict[str, Any]:
@@ -38,28 +41,33 @@ class LayerNorm(_PlainState, te.LayerNorm):
 
 
 class Linear(_PlainState, te.Linear):
-    """Linear layer; in float32 PyTorch's, since TE's float32 products are TF32 whatever torch's settings say."""
+    """Linear layer: TE's where a layer is quantised, PyTorch's otherwise.
+
+    PyTorch's costs the host less, and is exact in float32, where TE's is TF32 whatever torch's settings say.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias, **_placement())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.linear(x, self.weight, self.bias if self.use_bias else None)
-        return super().forward(x)
+        if FP8GlobalStateManager.is_fp8_enabled():
+            return super().forward(x)
+        return F.linear(x, self.weight, self.bias if self.use_bias else None)
 
 
 class LayerNormLinear(_PlainState, te.LayerNormLinear):
-    """Layer norm, then a linear layer, fused; in float32 PyTorch's, as `Linear`."""
+    """Residual sum, layer norm and a linear layer: norm and quantisation fused by TE, or sum and norm fused here."""
 
     def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
         super().__init__(in_features, out_features, eps=eps, bias=bias, **_placement())
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            x = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
-            return F.linear(x, self.weight, self.bias if self.use_bias else None)
-        return super().forward(x)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
+        if FP8GlobalStateManager.is_fp8_enabled():
+            x = x if delta is None else x + delta
+            return x, super().forward(x)
+        x, norm = add_norm(x, delta, self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        return x, F.linear(norm, self.weight, self.bias if self.use_bias else None)
 
 
 class DotProductAttention(_PlainState, te.DotProductAttention):
@@ -83,4 +91,14 @@ class DotProductAttention(_PlainState, te.DotProductAttention):
         )
 
 
-te_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention)
+def split_and_rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As in `layers_torch`, but in place; the three are views of one tensor, a layout TE's attention knows."""
+    if qkv._is_view() and qkv.requires_grad:  # autograd forbids writing into a view that TE's own backward returned
+        qkv = qkv.clone()
+    q, k, v = rotate_qkv(qkv, cos, sin, num_heads, scale).view(len(qkv), num_heads, 3, -1).unbind(2)
+    return q, k, v
+
+
+te_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention, split_and_rotate, gelu)

@@ -10,13 +10,14 @@ from torch.nn.attention.varlen import varlen_attn
 
 from .engine import Layers
 from .packing import Packing
+from .rope import rotate_half
 
 LayerNorm = nn.LayerNorm
 Linear = nn.Linear
 
 
 class LayerNormLinear(nn.Module):
-    """Layer norm, then a linear layer; one module, as TransformerEngine fuses them."""
+    """Residual sum, layer norm and a linear layer, in one module, as TransformerEngine fuses them."""
 
     def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
         super().__init__()
@@ -27,9 +28,11 @@ class LayerNormLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
+        x = x if delta is None else x + delta
+        norm = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        return x, F.linear(norm, self.weight, self.bias)
 
 
 class DotProductAttention(nn.Module):
@@ -60,4 +63,12 @@ class DotProductAttention(nn.Module):
         return torch.cat(pieces).flatten(1)
 
 
-torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention)
+def split_and_rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, H * 3 * D], rows [head, (q, k, v), D] -> queries (scaled) and keys, turned, and values [T, H, D]."""
+    q, k, v = qkv.view(len(qkv), num_heads, 3, -1).unbind(2)
+    return rotate_half(q, cos, sin, scale), rotate_half(k, cos, sin), v
+
+
+torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention, split_and_rotate, F.gelu)

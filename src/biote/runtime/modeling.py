@@ -6,6 +6,7 @@ shape of the input: [B, S, ...] for padded rows (zeros where there is no token),
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from transformers.modeling_outputs import (
 )
 
 from .block import ACTIVATIONS, TransformerBlock
+from .cuda_graphs import GraphedEncoder
 from .engine import ENGINES, layers_of, resolve_engine
 from .packing import Packing, plan_packing
+from .precision import FP8_RECIPES, TOKEN_MULTIPLE, layer_precisions, refuse_unsupported, runs_of
 from .rope import RotaryEmbedding, inverse_frequencies
 
 
@@ -33,6 +36,9 @@ class EncoderConfig(PreTrainedConfig):
 
     engine: "te" (TransformerEngine), "torch" (plain PyTorch) or "auto" (te where it can run).
     hidden_act: "gelu" is the exact erf form; "gelu_tanh" its tanh approximation, asked for by name.
+    layer_precision: "bf16" (the model's dtype), "fp8", "mxfp8" or "nvfp4": one word for all layers, or a list.
+    fp8_recipe: "delayed", "current" or "block" scaling, for layers in "fp8".
+    cuda_graphs: replay recorded CUDA graphs in inference; what they cost and when they pay is in `cuda_graphs.py`.
     """
 
     vocab_size: int = 33
@@ -47,6 +53,9 @@ class EncoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     pad_token_id: int | None = 1
     engine: str = "auto"
+    layer_precision: str | list[str] = "bf16"
+    fp8_recipe: str = "delayed"
+    cuda_graphs: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.engine not in ENGINES:
@@ -55,6 +64,9 @@ class EncoderConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads")
+        if self.fp8_recipe not in FP8_RECIPES:
+            raise ValueError(f"fp8_recipe={self.fp8_recipe!r} is unknown; choose one of {', '.join(FP8_RECIPES)}")
+        layer_precisions(self.layer_precision, self.num_hidden_layers)
         super().__post_init__(**kwargs)
 
 
@@ -126,6 +138,14 @@ class BiotePreTrainedModel(PreTrainedModel):
             config_kwargs=config_kwargs,
         )
 
+    def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:  # type: ignore[override]
+        """With the te engine, TE's own recomputation, which keeps fp8 scales as they were in the forward pass."""
+        if enable and self.base_model.engine == "te":
+            from transformer_engine.pytorch import checkpoint
+
+            options["gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable=enable, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
@@ -154,6 +174,11 @@ class EncoderModel(BiotePreTrainedModel):
         self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, rope_base)
         self.layers = nn.ModuleList(TransformerBlock(config, layers) for _ in range(config.num_hidden_layers))
         self.final_norm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        precisions = layer_precisions(config.layer_precision, config.num_hidden_layers)
+        refuse_unsupported(precisions, config.fp8_recipe, self.engine)
+        self.precision_runs = runs_of(precisions, config.fp8_recipe)
+        self.token_multiple = 1 if set(precisions) <= {"bf16"} else TOKEN_MULTIPLE
+        self.graphed = GraphedEncoder(lambda ids, packing: self._run(self.embeddings(ids, None, packing), packing)[0])
 
     def encode(
         self,
@@ -176,29 +201,46 @@ class EncoderModel(BiotePreTrainedModel):
             inputs, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
         )
         tokens = packing.pack(inputs)
+        self._check_engine(self.final_norm.weight)
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if input_ids is not None:
             self._check_token_ids(tokens)
+            if self._can_replay(tokens) and not (keep_states or keep_attentions):
+                return Encoded(self.graphed(tokens, packing), packing, None, None)
             x = self.embeddings(tokens, None, packing)
         else:
             x = self.embeddings(None, tokens, packing)
-        self._check_engine(x)
+        return Encoded(*self._run(x, packing, bool(keep_states), bool(keep_attentions)))
+
+    def _can_replay(self, tokens: Tensor) -> bool:
+        return self.config.cuda_graphs and tokens.is_cuda and not self.training and not torch.is_grad_enabled()
+
+    def _run(
+        self, x: Tensor, packing: Packing, keep_states: bool = False, keep_attentions: bool = False
+    ) -> tuple[Tensor, Packing, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """The blocks and the final norm over embeddings [T, N]."""
+        tokens = len(x)
         rotary = self.rotary(packing.positions)
-        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        surplus = -tokens % self.token_multiple  # rows that quantised products want, past the last sequence
+        if surplus:
+            x = F.pad(x, (0, 0, 0, surplus))
+            rotary = (F.pad(rotary[0], (0, 0, 0, surplus)), F.pad(rotary[1], (0, 0, 0, surplus)))
+        delta: Tensor | None = None
         states, attentions = [], []
-        for layer in self.layers:
-            assert isinstance(layer, TransformerBlock)
-            if keep_states:
-                states.append(packing.unpack(x))
-            if keep_attentions:
-                attentions.append(layer.attention.probabilities(x, packing, rotary))
-            x = layer(x, packing, rotary)
-        x = self.final_norm(x)
+        for run, precision in self.precision_runs:
+            with precision():
+                for index in run:
+                    layer: Any = self.layers[index]
+                    if keep_states:
+                        states.append(packing.unpack((x if delta is None else x + delta)[:tokens]))
+                    if keep_attentions:
+                        attentions.append(layer.attention.probabilities(x, delta, packing, rotary))
+                    x, delta = layer(x, delta, packing, rotary)
+        x = self.final_norm(x if delta is None else x + delta)[:tokens]
         if keep_states:
             states.append(packing.unpack(x))
-        return Encoded(
-            x, packing, tuple(states) if keep_states else None, tuple(attentions) if keep_attentions else None
-        )
+        return x, packing, tuple(states) if keep_states else None, tuple(attentions) if keep_attentions else None
 
     def forward(
         self,

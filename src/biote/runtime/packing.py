@@ -29,9 +29,8 @@ class Packing:
     @cached_property
     def sequence_of_token(self) -> Tensor:
         """int64 [T]: which sequence each token belongs to."""
-        lengths = self.cu_seqlens.diff().long()
-        ids = torch.arange(len(lengths), device=lengths.device)
-        return torch.repeat_interleave(ids, lengths, output_size=len(self.positions))
+        tokens = torch.arange(len(self.positions), dtype=torch.int32, device=self.positions.device)
+        return torch.searchsorted(self.cu_seqlens[1:-1], tokens, right=True)
 
     @property
     def first_tokens(self) -> Tensor:

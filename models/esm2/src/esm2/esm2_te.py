@@ -58,7 +58,7 @@ class Embeddings(nn.Module):
         if self.mask_token_id is None:
             return x
         is_mask = input_ids == self.mask_token_id
-        lengths = packing.cu_seqlens.diff()
+        lengths = packing.cu_seqlens.diff().clamp(min=1)  # in a CUDA graph, sequences may be empty
         counts = torch.zeros_like(lengths, dtype=torch.float32)
         counts.index_add_(0, packing.sequence_of_token, is_mask.float())
         kept = (1 - counts / lengths)[packing.sequence_of_token, None]  # float32, as in the original

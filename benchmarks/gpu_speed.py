@@ -1,0 +1,275 @@
+"""Speed on one GPU, all sides in one run: the original, NVIDIA's recipe, and both engines of biote. Random weights, bf16.
+
+"NVIDIA recipe" is a stack of te.TransformerLayer over packed tokens (THD) with TE's rotary embedding, as NVIDIA's ports
+of ESM-2 ship it. Every side ends in the masked-LM logits of real tokens; training adds the loss and backward. Medians.
+Shapes: T packed tokens, B proteins, S padded length, N hidden size.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from common import provenance, write_result
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformer_engine.common.recipe import DelayedScaling
+from transformers import EsmConfig, EsmForMaskedLM
+
+from esm2 import Esm2TEConfig, Esm2TEForMaskedLM
+from esm2.esm2_te import LMHead
+
+SHAPES = {"8M": (6, 320, 20), "650M": (33, 1280, 20), "3B": (36, 2560, 40)}  # layers, hidden size, heads
+PACKAGES = ("torch", "transformers", "biote", "transformer_engine")
+WARM_UPS, REPEATS, SECONDS = 4, 10, 1.5
+Step = Callable[[], Tensor]
+
+
+def lengths_of(tokens: int) -> list[int]:
+    """Protein-like lengths (log-normal, median 270, at most 1024 tokens) that make about `tokens` tokens."""
+    if tokens <= 1024:
+        return [tokens]
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        drawn = float(torch.empty(1).log_normal_(5.6, 0.7, generator=generator))
+        lengths.append(int(min(max(drawn, 32), 1024)))
+    return lengths
+
+
+class Batch:
+    """One batch, padded and packed."""
+
+    def __init__(self, tokens: int):
+        self.lengths = lengths_of(tokens)
+        self.tokens = sum(self.lengths)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(4, 24, (self.tokens,), generator=generator)
+        mask = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
+        rows = torch.ones(mask.shape, dtype=torch.long)
+        rows[mask] = ids
+        self.padded = {"input_ids": rows.cuda(), "attention_mask": mask.long().cuda()}
+        self.padded_labels = torch.where(mask, rows, -100).cuda()
+        bounds = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).int().cuda()
+        longest = max(self.lengths)
+        self.packed: dict[str, Any] = {"input_ids": ids[None].cuda(), "cu_seq_lens_q": bounds, "max_length_q": longest}
+
+
+def config_fields(model: str) -> dict[str, int]:
+    layers, hidden, heads = SHAPES[model]
+    return {
+        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    }  # fmt: skip
+
+
+def original(model: str, compiled: bool) -> Any:
+    config = EsmConfig(
+        vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", token_dropout=True,
+        emb_layer_norm_before=False, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        **config_fields(model),
+    )  # fmt: skip
+    with torch.device("cuda"):
+        hf = EsmForMaskedLM(config).to(torch.bfloat16)
+    if compiled:
+        for layer in hf.esm.encoder.layer:
+            layer.compile()
+    return hf
+
+
+def ours(model: str, engine: str, compiled: bool = False, **fields: Any) -> Any:
+    with torch.device("cuda"):
+        built = Esm2TEForMaskedLM(Esm2TEConfig(engine=engine, **config_fields(model), **fields)).to(torch.bfloat16)
+    if compiled:
+        for layer in built.model.layers:
+            layer.compile()
+    return built
+
+
+class NvidiaRecipe(nn.Module):
+    """Embedding, te.TransformerLayer stack in THD, final norm, masked-LM head."""
+
+    def __init__(self, model: str):
+        super().__init__()
+        layers, hidden, heads = SHAPES[model]
+        self.embeddings = nn.Embedding(64, hidden)
+        self.layers = nn.ModuleList(
+            te.TransformerLayer(
+                hidden, 4 * hidden, heads, hidden_dropout=0.0, attention_dropout=0.0, layernorm_epsilon=1e-5,
+                self_attn_mask_type="padding", attn_input_format="thd", activation="gelu", fuse_qkv_params=True,
+                qkv_weight_interleaved=True, params_dtype=torch.bfloat16, layer_number=number + 1,
+            )
+            for number in range(layers)
+        )  # fmt: skip
+        self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads)
+        self.final_norm = te.LayerNorm(hidden)
+        self.head = LMHead(Esm2TEConfig(**config_fields(model)))
+
+    def forward(self, input_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int) -> Tensor:
+        x = self.embeddings(input_ids[0])
+        frequencies = self.rotary(max_seq_len=1024)
+        for layer in self.layers:
+            x = layer(
+                x, rotary_pos_emb=frequencies, cu_seqlens_q=cu_seq_lens_q, cu_seqlens_kv=cu_seq_lens_q,
+                max_seqlen_q=max_length_q, max_seqlen_kv=max_length_q,
+            )  # fmt: skip
+        return self.head(self.final_norm(x))
+
+
+def forward_and_backward(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    value = loss()
+    value.backward()
+    return value
+
+
+def sides(model: str, batch: Batch, training: bool) -> dict[str, Callable[[], Step]]:
+    """Builders of one step each, by name; a side is built, timed and dropped before the next."""
+
+    def hf(compiled: bool) -> Step:
+        built = original(model, compiled).train(training)
+        if training:
+            return lambda: forward_and_backward(built, lambda: built(**batch.padded, labels=batch.padded_labels).loss)
+        return lambda: built(**batch.padded).logits
+
+    def nvidia(fp8: bool) -> Step:
+        with torch.device("cuda"):
+            built = NvidiaRecipe(model).to(torch.bfloat16).train(training)
+        recipe = DelayedScaling()
+
+        def logits() -> Tensor:
+            with te.autocast(enabled=True, recipe=recipe) if fp8 else nullcontext():
+                return built(**batch.packed)
+
+        if training:
+            labels = batch.packed["input_ids"][0]
+            return lambda: forward_and_backward(built, lambda: F.cross_entropy(logits().float(), labels))
+        return logits
+
+    def biote(engine: str, compiled: bool = False, **fields: Any) -> Step:
+        built = ours(model, engine, compiled, **fields).train(training)
+        if training:
+            labels = batch.packed["input_ids"]
+            return lambda: forward_and_backward(built, lambda: built(**batch.packed, labels=labels).loss)
+        return lambda: built(**batch.packed).logits
+
+    named: dict[str, Callable[[], Step]] = {
+        "original padded": lambda: hf(False),
+        "original padded, compiled": lambda: hf(True),
+        "NVIDIA recipe": lambda: nvidia(False),
+        "NVIDIA recipe, fp8": lambda: nvidia(True),
+        "torch engine": lambda: biote("torch"),
+        "torch engine, compiled": lambda: biote("torch", compiled=True),
+        "te engine": lambda: biote("te"),
+        "te engine, fp8": lambda: biote("te", layer_precision="fp8"),
+    }
+    if not training:
+        named["te engine, graph"] = lambda: biote("te", cuda_graphs=True)
+        named["te engine, fp8, graph"] = lambda: biote("te", cuda_graphs=True, layer_precision="fp8")
+    if any((length * 1) % 8 for length in [batch.tokens]):  # NVIDIA's recipe does not pad for fp8
+        named.pop("NVIDIA recipe, fp8")
+    return named
+
+
+def measure(step: Step, training: bool) -> dict[str, float]:
+    """Median milliseconds by CUDA events, and the host's share: what the call itself takes to return."""
+    with nullcontext() if training else torch.inference_mode():
+        for _ in range(WARM_UPS):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        milliseconds, host = [], []
+        until = time.perf_counter() + SECONDS
+        while len(milliseconds) < REPEATS or (time.perf_counter() < until and len(milliseconds) < 200):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun = time.perf_counter()
+            start.record()
+            step()
+            host.append(1e3 * (time.perf_counter() - begun))
+            end.record()
+            end.synchronize()
+            milliseconds.append(start.elapsed_time(end))
+    return {
+        "ms": statistics.median(milliseconds),
+        "host_ms": statistics.median(host),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+    }
+
+
+def ceilings() -> dict[str, float]:
+    """TFLOP/s of a large bf16 product and TB/s of a large copy, measured here."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copied = torch.empty(2**30, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(copied)
+    product = measure(lambda: a @ b, False)["ms"]
+    copy = measure(lambda: target.copy_(copied), False)["ms"]
+    return {"bf16_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * copied.numel() * 2 / copy / 1e9}
+
+
+def floor_ms(model: str, batch: Batch, rates: dict[str, float]) -> float:
+    """No forward pass is much faster: products and attention at the product's rate, and the least bytes of the rest.
+
+    Least bytes a token and layer: two norms (read, write), rotation (queries and keys, read, write), GELU (read, write).
+    """
+    layers, hidden, _ = SHAPES[model]
+    products = 2 * 12 * hidden**2 * batch.tokens
+    attention = sum(4 * length**2 * hidden for length in batch.lengths)
+    least_bytes = 2 * hidden * batch.tokens * (2 * 2 + 2 * 2 + 2 * 4)
+    weights = 2 * 12 * hidden**2
+    seconds = (products + attention) / rates["bf16_tflops"] / 1e12 + (least_bytes + weights) / rates[
+        "copy_tb_s"
+    ] / 1e12
+    return 1e3 * layers * seconds
+
+
+def rows(model: str, tokens: int, training: bool, wanted: list[str], rates: dict[str, float]) -> Iterator[dict]:
+    batch = Batch(tokens)
+    common = {
+        "model": model, "mode": "training" if training else "forward", "tokens": batch.tokens,
+        "proteins": len(batch.lengths), "padded_tokens": len(batch.lengths) * max(batch.lengths),
+        "floor_ms": floor_ms(model, batch, rates) * (3 if training else 1),
+    }  # fmt: skip
+    for name, build in sides(model, batch, training).items():
+        if wanted and name not in wanted:
+            continue
+        try:
+            found: dict[str, Any] = measure(build(), training)
+            found["tokens_per_s"] = batch.tokens / found["ms"] * 1e3
+        except torch.OutOfMemoryError:
+            found = {"ms": None, "note": "out of memory"}
+        yield {**common, "side": name, **found}
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=[
+        "8M:300:forward", "650M:300:forward", "650M:10000:forward", "650M:43000:forward",
+        "650M:10000:training", "650M:43000:training", "3B:16000:forward",
+    ])  # fmt: skip
+    parser.add_argument("--sides", nargs="*", default=[], help="only these")
+    parser.add_argument("--output", type=Path, required=True, help="the .json file")
+    arguments = parser.parse_args()
+    rates = ceilings()
+    print(rates)
+    record = {**provenance(PACKAGES), "device": torch.cuda.get_device_name(), "ceilings": rates, "rows": []}
+    for case in arguments.cases:
+        model, tokens, mode = case.split(":")
+        for row in rows(model, int(tokens), mode == "training", arguments.sides, rates):
+            record["rows"].append(row)
+            ms = "out of memory" if row["ms"] is None else f"{row['ms']:9.2f} ms  host {row['host_ms']:8.2f} ms"
+            rate = f"{row.get('tokens_per_s', 0):10,.0f} tok/s  floor {row['floor_ms']:.2f} ms"
+            print(f"{case:22} {row['side']:28} {ms} {rate}", flush=True)
+            write_result(arguments.output, record)  # as it goes: a run cut short keeps what it has
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The te engine's Triton kernels against plain PyTorch in float64, forward and backward."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from biote.runtime.rope import RotaryEmbedding
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+T, H, D = 77, 5, 24
+
+
+def compare(ours, plain, inputs, dtype):
+    """`ours` at `dtype` and `plain` in float64 on the same numbers: results and gradients by relative L2."""
+    low = [x.to("cuda", dtype).requires_grad_() for x in inputs]
+    high = [x.detach().double().requires_grad_() for x in low]
+    results, references = ours(*low), plain(*high)
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).cuda() for x in references]
+    grads = torch.autograd.grad(sum((x * w.to(dtype)).sum() for x, w in zip(results, weights, strict=True)), low)
+    expected = torch.autograd.grad(sum((x * w).sum() for x, w in zip(references, weights, strict=True)), high)
+    for found, reference in [*zip(results, references, strict=True), *zip(grads, expected, strict=True)]:
+        assert found.dtype == dtype
+        assert float((found.double() - reference).norm() / reference.norm()) < TOLERANCE[dtype]
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [48, 320, 1280, 5120])
+def test_add_norm(dtype, width):
+    from biote.runtime.kernels import add_norm
+
+    def plain(x, delta, weight, bias):
+        return x + delta, F.layer_norm(x + delta, (width,), weight, bias, 1e-5)
+
+    inputs = [randn(T, width), randn(T, width) + 3, randn(width), randn(width)]
+    compare(lambda *args: add_norm(*args, 1e-5), plain, inputs, dtype)
+    first = [inputs[0], *inputs[2:]]
+    compare(lambda x, w, b: add_norm(x, None, w, b, 1e-5), lambda x, w, b: (x, plain(x, 0 * x, w, b)[1]), first, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rotate(dtype):
+    from biote.runtime.kernels import rotate_qkv
+
+    cos, sin = RotaryEmbedding(D, 10000.0).cuda()(torch.arange(T, device="cuda"))
+
+    def plain(qkv):
+        q, k, v = qkv.view(T, H, 3, D).unbind(2)
+        turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None]
+
+        def turned(x):
+            z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
+            return torch.cat((z.real, z.imag), -1)
+
+        return (torch.stack((turned(0.3 * q), turned(k), v), 2).flatten(1),)
+
+    compare(lambda qkv: (rotate_qkv(qkv * 1, cos, sin, H, 0.3),), plain, [randn(T, H * 3 * D)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gelu(dtype):
+    from biote.runtime.kernels import gelu
+
+    compare(lambda x: (gelu(x),), lambda x: (0.5 * x * (1 + torch.erf(x / 2**0.5)),), [3 * randn(T, 96)], dtype)
