@@ -1,7 +1,7 @@
 """Speed on one GPU, all sides in one run: the original, NVIDIA's recipe, both engines of biote. Random weights, bf16.
 
 "NVIDIA recipe" is a stack of te.TransformerLayer over packed tokens (THD) with TE's rotary embedding, as NVIDIA's
-ports of ESM-2 ship it. Every side ends in the masked-LM logits of real tokens; training adds the loss and backward. Medians.
+ports of ESM-2 ship it. Every side ends in the masked-LM logits; training adds the loss and backward. Medians.
 Shapes: T packed tokens, B proteins, S padded length, N hidden size.
 """
 

@@ -23,36 +23,28 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: Any, layers: Layers):
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.qkv = layers.LayerNormLinear(config.hidden_size, 3 * config.hidden_size, eps=config.layer_norm_eps)
-        self.split_and_rotate = layers.split_and_rotate
-        self.core = layers.DotProductAttention(self.num_heads, self.head_dim, config.attention_probs_dropout_prob)
-        self.proj = layers.Linear(config.hidden_size, config.hidden_size)
-
-    def queries_keys_values(
-        self, x: Tensor, delta: Tensor | None, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The sum [T, N], and 3 x [T, H, D]: queries are scaled by D^-0.5, queries and keys turned."""
-        x, qkv = self.qkv(x, delta)
-        return x, self.split_and_rotate(qkv, *rotary, self.num_heads, self.head_dim**-0.5)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.qkv = layers.LayerNormLinear(hidden, 3 * hidden, eps=config.layer_norm_eps)
+        self.core = layers.RotaryAttention(heads, hidden // heads, config.attention_probs_dropout_prob)
+        self.proj = layers.Linear(hidden, hidden)
 
     def forward(
         self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The sum, and what attention adds to it, [T, N] each."""
-        x, qkv = self.queries_keys_values(x, delta, rotary)
-        return x, self.proj(self.core(*qkv, packing))
+        """The sum x + delta, and what attention adds to it, [T, N] each."""
+        x, qkv = self.qkv(x, delta)
+        return x, self.proj(self.core(qkv, rotary, packing))
 
     def probabilities(
         self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """The attention weights themselves, [B, H, S, S] in the caller's rows, zero where there is no token."""
-        _, (q, k, _) = self.queries_keys_values(x, delta, rotary)
-        (rows, width), device = packing.shape, x.device
-        weights = q.new_zeros(rows, self.num_heads, width, width)
-        slots = torch.arange(rows * width, device=device) if packing.indices is None else packing.indices
-        pieces = (tensor.split(packing.lengths) for tensor in (slots, q, k))
+        q, k, _ = self.core.queries_keys_values(self.qkv(x, delta)[1], rotary)
+        rows, width = packing.shape
+        weights = q.new_zeros(rows, q.shape[1], width, width)
+        slots = torch.arange(rows * width, device=q.device) if packing.indices is None else packing.indices
+        tokens = len(slots)  # without the surplus that quantised products want
+        pieces = (tensor[:tokens].split(packing.lengths) for tensor in (slots, q, k))
         for one, qi, ki in zip(*pieces, strict=True):
             row, columns = int(one[0]) // width, one % width
             scores = torch.einsum("lhd,mhd->hlm", qi, ki)
@@ -70,7 +62,7 @@ class FeedForward(nn.Module):
         self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum, and what the layer adds to it, [T, N] each."""
+        """The sum x + delta, and what the layer adds to it, [T, N] each."""
         x, up = self.fc1(x, delta)
         return x, self.fc2(self.activation(up))
 

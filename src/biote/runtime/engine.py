@@ -38,8 +38,7 @@ class Layers(NamedTuple):
     LayerNorm: Any
     Linear: Any
     LayerNormLinear: Any
-    DotProductAttention: Any
-    split_and_rotate: Any
+    RotaryAttention: Any
     gelu: Any
 
 

@@ -169,7 +169,7 @@ def rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, scale: float) 
 
 
 @triton.jit
-def _gelu_kernel(x_at: Any, out_at: Any, count: int, BLOCK: tl.constexpr) -> None:
+def _gelu_kernel(x_at, out_at, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + at, at < count, other=0.0).to(tl.float32)
     out = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
@@ -177,7 +177,7 @@ def _gelu_kernel(x_at: Any, out_at: Any, count: int, BLOCK: tl.constexpr) -> Non
 
 
 @triton.jit
-def _gelu_backward_kernel(x_at: Any, grad_at: Any, out_at: Any, count: int, BLOCK: tl.constexpr) -> None:
+def _gelu_backward_kernel(x_at, grad_at, out_at, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + at, at < count, other=0.0).to(tl.float32)
     grad = tl.load(grad_at + at, at < count, other=0.0).to(tl.float32)

@@ -70,8 +70,8 @@ class LayerNormLinear(_PlainState, te.LayerNormLinear):
         return x, F.linear(norm, self.weight, self.bias if self.use_bias else None)
 
 
-class DotProductAttention(_PlainState, te.DotProductAttention):
-    """Softmax attention within each packed sequence; queries come scaled."""
+class RotaryAttention(_PlainState, te.DotProductAttention):
+    """Rotation of queries and keys in place, then TE's attention on the packed tensor [T, H, 3, D]."""
 
     def __init__(self, num_heads: int, head_dim: int, dropout: float):
         super().__init__(
@@ -82,23 +82,26 @@ class DotProductAttention(_PlainState, te.DotProductAttention):
             attn_mask_type="padding",
             softmax_scale=1.0,
         )
+        self.num_heads, self.head_dim = num_heads, head_dim
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        """q, k, v [T, H, D] -> [T, H * D]."""
+    def queries_keys_values(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `layers_torch`; the three are views of one tensor."""
+        q, k, v = self._rotated(qkv, rotary).unbind(2)
+        return q, k, v
+
+    def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+        """qkv [T, H * 3 * D] -> [T, H * D]; tokens past the last sequence come out as zeros."""
         bounds, longest = packing.cu_seqlens, packing.max_seqlen
         return super().forward(
-            q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-        )
+            qkv_layer=self._rotated(qkv, rotary), qkv_interleave_dim=-2, cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+            max_seqlen_q=longest, max_seqlen_kv=longest, pad_between_seqs=False,
+        )  # fmt: skip
+
+    def _rotated(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if qkv._is_view() and qkv.requires_grad:  # autograd forbids writing into a view that a custom Function made
+            qkv = qkv.clone()
+        rotated = rotate_qkv(qkv, *rotary, self.num_heads, self.head_dim**-0.5)
+        return rotated.view(-1, self.num_heads, 3, self.head_dim)
 
 
-def split_and_rotate(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As in `layers_torch`, but in place; the three are views of one tensor, a layout TE's attention knows."""
-    if qkv._is_view() and qkv.requires_grad:  # autograd forbids writing into a view that TE's own backward returned
-        qkv = qkv.clone()
-    q, k, v = rotate_qkv(qkv, cos, sin, num_heads, scale).view(len(qkv), num_heads, 3, -1).unbind(2)
-    return q, k, v
-
-
-te_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention, split_and_rotate, gelu)
+te_layers = Layers(LayerNorm, Linear, LayerNormLinear, RotaryAttention, gelu)

@@ -35,15 +35,21 @@ class LayerNormLinear(nn.Module):
         return x, F.linear(norm, self.weight, self.bias)
 
 
-class DotProductAttention(nn.Module):
-    """Softmax attention within each packed sequence; queries come scaled."""
+class RotaryAttention(nn.Module):
+    """Rotation of queries and keys to their positions, then softmax attention within each packed sequence."""
 
     def __init__(self, num_heads: int, head_dim: int, dropout: float):
         super().__init__()
-        self.dropout = dropout
+        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        """q, k, v [T, H, D] -> [T, H * D]."""
+    def queries_keys_values(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [T, H * 3 * D], rows [head, (q, k, v), D] -> 3 x [T, H, D]; queries times D^-0.5, both turned."""
+        q, k, v = qkv.view(-1, self.num_heads, 3, self.head_dim).unbind(2)
+        return rotate_half(q, *rotary, scale=self.head_dim**-0.5), rotate_half(k, *rotary), v
+
+    def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+        """qkv [T, H * 3 * D] -> [T, H * D]."""
+        q, k, v = self.queries_keys_values(qkv, rotary)
         dropout = self.dropout if self.training else 0.0
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
             bounds, longest = packing.cu_seqlens, packing.max_seqlen
@@ -59,16 +65,9 @@ class DotProductAttention(nn.Module):
         pieces = []
         for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
             qi, ki, vi = (x.transpose(0, 1)[None] for x in one)  # [1, H, L, D]
-            pieces.append(F.scaled_dot_product_attention(qi, ki, vi, dropout_p=dropout, scale=1.0)[0].transpose(0, 1))
+            context = F.scaled_dot_product_attention(qi, ki, vi, dropout_p=dropout, scale=1.0)
+            pieces.append(context[0].transpose(0, 1))
         return torch.cat(pieces).flatten(1)
 
 
-def split_and_rotate(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [T, H * 3 * D], rows [head, (q, k, v), D] -> queries (scaled) and keys, turned, and values [T, H, D]."""
-    q, k, v = qkv.view(len(qkv), num_heads, 3, -1).unbind(2)
-    return rotate_half(q, cos, sin, scale), rotate_half(k, cos, sin), v
-
-
-torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, DotProductAttention, split_and_rotate, F.gelu)
+torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, RotaryAttention, F.gelu)
