@@ -159,7 +159,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model on each batch.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model on each batch.")] = 5,
     output: Annotated[Path, typer.Option(help="Where the result is written.")] = RESULTS / "cpu_speed.json",
 ) -> None:
     """Compare the port's torch engine with transformers' EsmForMaskedLM on this CPU."""

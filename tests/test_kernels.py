@@ -45,22 +45,51 @@ def test_add_norm(dtype, width):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rotate(dtype):
-    from biote.runtime.kernels import rotate_qkv
+def test_rotation(dtype):
+    from biote.runtime.kernels import rotate_in_place, split_and_rotate
 
     cos, sin = RotaryEmbedding(D, 10000.0).cuda()(torch.arange(T, device="cuda"))
 
     def plain(qkv):
-        q, k, v = qkv.view(T, H, 3, D).unbind(2)
         turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None]
 
         def turned(x):
             z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
             return torch.cat((z.real, z.imag), -1)
 
-        return (torch.stack((turned(0.3 * q), turned(k), v), 2).flatten(1),)
+        q, k, v = qkv.unbind(2)
+        return turned(0.3 * q), turned(k), v
 
-    compare(lambda qkv: (rotate_qkv(qkv * 1, cos, sin, H, 0.3),), plain, [randn(T, H * 3 * D)], dtype)
+    qkv = randn(T, H, 3, D)
+    compare(lambda x: split_and_rotate(x, cos, sin, 0.3), plain, [qkv], dtype)
+    there = qkv.to("cuda", dtype)
+    expected = split_and_rotate(there, cos, sin, 0.3)
+    rotate_in_place(there, cos, sin, 0.3)
+    for part, reference in zip(there.unbind(2), expected, strict=True):
+        assert torch.equal(part, reference)
+
+
+@pytest.mark.fp8
+def test_quantised_outputs():
+    from transformer_engine.pytorch import DType, Float8Quantizer
+
+    from biote.runtime.kernels import add_norm, add_norm_quantised, gelu, gelu_quantised
+
+    x, delta = randn(T, 320).cuda().bfloat16(), randn(T, 320).cuda().bfloat16()
+    weight, bias = randn(320).cuda().bfloat16(), randn(320).cuda().bfloat16()
+    for plain, quantised in (
+        (
+            lambda: add_norm(x, delta, weight, bias, 1e-5)[1],
+            lambda q: add_norm_quantised(x, delta, weight, bias, 1e-5, q)[1],
+        ),
+        (lambda: gelu(x), lambda q: gelu_quantised(x, q)),
+    ):
+        scale, amax = torch.full((1,), 16.0, device="cuda"), torch.zeros(1, device="cuda")
+        expected, found = plain().double(), quantised(Float8Quantizer(scale, amax, DType.kFloat8E4M3))
+        assert abs(float(amax) / float(expected.abs().max()) - 1) < 0.01
+        assert float((found.dequantize().double() - expected).norm() / expected.norm()) < 0.04
+        found = quantised(Float8Quantizer(scale * 1000, amax, DType.kFloat8E4M3))
+        assert float(found.dequantize().abs().max()) <= 448 / 16000 * 1.01, "saturates"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,7 +4,6 @@ The residual stream travels as a pair (x, delta) whose sum it is: the sum is tak
 Shapes: T packed tokens, H heads, D head dim, N hidden size (H * D).
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,14 +56,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Any, layers: Layers):
         super().__init__()
-        self.activation = layers.gelu if config.hidden_act == "gelu" else partial(F.gelu, approximate="tanh")
         self.fc1 = layers.LayerNormLinear(config.hidden_size, config.intermediate_size, eps=config.layer_norm_eps)
-        self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = layers.ActivationLinear(config.intermediate_size, config.hidden_size, config.hidden_act)
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The sum x + delta, and what the layer adds to it, [T, N] each."""
         x, up = self.fc1(x, delta)
-        return x, self.fc2(self.activation(up))
+        return x, self.fc2(up)
 
 
 class TransformerBlock(GradientCheckpointingLayer):

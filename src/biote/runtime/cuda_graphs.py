@@ -29,9 +29,9 @@ class Bucket:
 
 
 def bucket_of(packing: Packing) -> Bucket:
-    """Tokens rounded up by at most an eighth, sequences and longest length to powers of two."""
+    """Tokens rounded up by at most a sixteenth, sequences and longest length to powers of two."""
     tokens = len(packing.positions)
-    step = max(64, 1 << max(tokens.bit_length() - 4, 0))
+    step = max(64, 1 << max(tokens.bit_length() - 5, 0))
     sequences = len(packing.cu_seqlens) - 1
     return Bucket(-(-tokens // step) * step, _power_of_two(sequences), max(_power_of_two(packing.max_seqlen), 64))
 

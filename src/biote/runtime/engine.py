@@ -33,13 +33,13 @@ def resolve_engine(requested: str) -> str:
 
 
 class Layers(NamedTuple):
-    """The layer classes and functions of one engine."""
+    """The layer classes of one engine."""
 
     LayerNorm: Any
     Linear: Any
     LayerNormLinear: Any
+    ActivationLinear: Any
     RotaryAttention: Any
-    gelu: Any
 
 
 def layers_of(engine: str) -> Layers:

@@ -21,9 +21,19 @@ NORM_BACKWARD_PROGRAMS = (
 
 
 @triton.jit
+def _store_fp8(at, value, inside, scale_at, amax_at):
+    """Store value * scale as fp8 (E4M3, saturating) and keep the largest magnitude seen: TE's delayed scaling."""
+    largest = tl.max(tl.abs(tl.where(inside, value, 0.0)), 0)
+    if largest > tl.load(amax_at):  # seldom: most blocks need no atomic
+        tl.atomic_max(amax_at, largest)
+    scaled = tl.minimum(tl.maximum(value * tl.load(scale_at), -448.0), 448.0)
+    tl.store(at, scaled.to(at.dtype.element_ty), inside)
+
+
+@triton.jit
 def _add_norm_kernel(
-    x_at, delta_at, weight_at, bias_at, sum_at, norm_at, mean_at, rstd_at, n, eps,
-    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    x_at, delta_at, weight_at, bias_at, sum_at, norm_at, mean_at, rstd_at, scale_at, amax_at, n, eps,
+    HAS_DELTA: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -39,9 +49,13 @@ def _add_norm_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / n + eps)
     weight = tl.load(weight_at + columns, inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_at + columns, inside, other=0.0).to(tl.float32)
-    tl.store(norm_at + row * n + columns, (centred * rstd * weight + bias).to(norm_at.dtype.element_ty), inside)
-    tl.store(mean_at + row, mean)
-    tl.store(rstd_at + row, rstd)
+    norm = centred * rstd * weight + bias
+    if QUANTISE:
+        _store_fp8(norm_at + row * n + columns, norm, inside, scale_at, amax_at)
+    else:
+        tl.store(norm_at + row * n + columns, norm.to(norm_at.dtype.element_ty), inside)
+        tl.store(mean_at + row, mean)
+        tl.store(rstd_at + row, rstd)
 
 
 @triton.jit
@@ -73,18 +87,28 @@ def _add_norm_backward_kernel(
     tl.store(biases_at + program * n + columns, grad_bias, inside)
 
 
+def _launch_add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, norm: Tensor, statistics: Any, fp8: Any
+) -> Tensor:
+    """Run the kernel; statistics: (mean, rstd) to fill, or None; fp8: (scale, amax), or None. Returns the sum."""
+    rows, n = x.shape
+    summed = x if delta is None else torch.empty_like(x)
+    block = triton.next_power_of_2(n)
+    mean, rstd = statistics or (x, x)  # a pointer that the kernel will not touch
+    scale, amax = fp8 or (x, x)
+    _add_norm_kernel[(rows,)](
+        x, x if delta is None else delta, weight, bias, summed, norm, mean, rstd, scale, amax, n, eps,
+        HAS_DELTA=delta is not None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return summed
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Any:
-        rows, n = x.shape
-        summed = x if delta is None else torch.empty_like(x)
         norm = torch.empty_like(x)
-        mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(n)
-        _add_norm_kernel[(rows,)](
-            x, x if delta is None else delta, weight, bias, summed, norm, mean, rstd, n, eps,
-            HAS_DELTA=delta is not None, BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
+        mean, rstd = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
+        summed = _launch_add_norm(x, delta, weight, bias, eps, norm, (mean, rstd), None)
         ctx.save_for_backward(summed, weight, mean, rstd)
         ctx.has_delta = delta is not None
         return (summed if ctx.has_delta else x.view_as(x)), norm
@@ -111,14 +135,31 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps:
     return _AddNorm.apply(x.contiguous(), delta, weight, bias, eps)
 
 
+def add_norm_quantised(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, quantizer: Any
+) -> tuple[Tensor, Tensor]:
+    """As `add_norm`, the norm as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    summed = _launch_add_norm(x, delta, weight, bias, eps, data, None, (quantizer.scale, quantizer.amax))
+    return summed, quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
+
+
 def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
 @triton.jit
+def _turn(in_at, out_at, half_in, cos, sin, scale, inside, half):
+    low = tl.load(in_at, inside, other=0.0).to(tl.float32) * scale
+    high = tl.load(in_at + half_in, inside, other=0.0).to(tl.float32) * scale
+    tl.store(out_at, (low * cos - high * sin).to(out_at.dtype.element_ty), inside)
+    tl.store(out_at + half, (high * cos + low * sin).to(out_at.dtype.element_ty), inside)
+
+
+@triton.jit
 def _rotate_kernel(
-    qkv_at, cos_at, sin_at, heads, half, scale,
-    BACKWARD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_in, k_in, v_in, in_token, in_head, q_out, k_out, v_out, out_token, out_head, cos_at, sin_at, heads, half, scale,
+    BACKWARD: tl.constexpr, COPY_VALUES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
@@ -127,53 +168,69 @@ def _rotate_kernel(
     sin = tl.load(sin_at + token * half + d, d < half, other=0.0)
     if BACKWARD:
         sin = -sin
-    for part in tl.static_range(2):  # queries, then keys
-        low_at = qkv_at + ((token * heads + head) * 3 + part) * 2 * half + d
-        low = tl.load(low_at, inside, other=0.0).to(tl.float32)
-        high = tl.load(low_at + half, inside, other=0.0).to(tl.float32)
-        if part == 0:
-            low, high = low * scale, high * scale
-        tl.store(low_at, (low * cos - high * sin).to(qkv_at.dtype.element_ty), inside)
-        tl.store(low_at + half, (high * cos + low * sin).to(qkv_at.dtype.element_ty), inside)
+    source, target = token * in_token + head * in_head + d, token * out_token + head * out_head + d
+    _turn(q_in + source, q_out + target, half, cos, sin, scale, inside, half)
+    _turn(k_in + source, k_out + target, half, cos, sin, 1.0, inside, half)
+    if COPY_VALUES:
+        for offset in tl.static_range(2):
+            value = tl.load(v_in + source + offset * half, inside)
+            tl.store(v_out + target + offset * half, value, inside)
 
 
-def _launch_rotation(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, scale: float, backward: bool) -> None:
+def _launch_rotation(
+    source: tuple[Tensor, ...], target: tuple[Tensor, ...], cos: Tensor, sin: Tensor, scale: float, backward: bool
+) -> None:
+    """source, target: queries, keys, values [T, H, D] with equal strides; the same tensors to work in place."""
+    tokens, heads, _ = source[0].shape
     half = cos.shape[1]
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(half)
-    _rotate_kernel[(len(qkv),)](
-        qkv, cos, sin, heads, half, scale,
-        BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=_warps(block_h * block_d),
+    _rotate_kernel[(tokens,)](
+        *source, source[0].stride(0), source[0].stride(1), *target, target[0].stride(0), target[0].stride(1),
+        cos, sin, heads, half, scale, BACKWARD=backward, COPY_VALUES=source is not target,
+        BLOCK_H=block_h, BLOCK_D=block_d, num_warps=_warps(block_h * block_d),
     )  # fmt: skip
 
 
-class _Rotate(torch.autograd.Function):
+def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> None:
+    """Turn queries (times `scale`) and keys of qkv [T, H, 3, D] by their tokens' angles; no gradient."""
+    parts = qkv.unbind(2)
+    _launch_rotation(parts, parts, cos, sin, scale, backward=False)
+
+
+class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, scale: float) -> Tensor:
-        _launch_rotation(qkv, cos, sin, heads, scale, backward=False)
-        ctx.mark_dirty(qkv)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Any:
+        tokens, heads, _, d = qkv.shape
+        parts = torch.empty(3, tokens, heads, d, dtype=qkv.dtype, device=qkv.device).unbind(0)
+        _launch_rotation(qkv.unbind(2), parts, cos, sin, scale, backward=False)
         ctx.save_for_backward(cos, sin)
-        ctx.heads, ctx.scale = heads, scale
-        return qkv
+        ctx.scale = scale
+        return parts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        grad = grad.contiguous()  # the stack of three gradients, which nobody else holds: turned back in place
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        _launch_rotation(grad, cos, sin, ctx.heads, ctx.scale, backward=True)
-        return grad, None, None, None, None
+        tokens, heads, d = grads[0].shape
+        grad = torch.empty(tokens, heads, 3, d, dtype=grads[0].dtype, device=grads[0].device)
+        source = tuple(part.contiguous() for part in grads)
+        _launch_rotation(source, grad.unbind(2), cos, sin, ctx.scale, backward=True)
+        return grad, None, None, None
 
 
-def rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, scale: float) -> Tensor:
-    """Turn queries (times `scale`) and keys of qkv [T, H * 3 * D], rows [head, (q, k, v), D], in place."""
-    return _Rotate.apply(qkv, cos, sin, heads, scale)
+def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, H, 3, D] -> queries (times `scale`) and keys, turned, and values, [T, H, D] each; differentiable."""
+    return _SplitAndRotate.apply(qkv, cos, sin, scale)
 
 
 @triton.jit
-def _gelu_kernel(x_at, out_at, count, BLOCK: tl.constexpr):
+def _gelu_kernel(x_at, out_at, scale_at, amax_at, count, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + at, at < count, other=0.0).to(tl.float32)
     out = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    tl.store(out_at + at, out.to(out_at.dtype.element_ty), at < count)
+    if QUANTISE:
+        _store_fp8(out_at + at, out, at < count, scale_at, amax_at)
+    else:
+        tl.store(out_at + at, out.to(out_at.dtype.element_ty), at < count)
 
 
 @triton.jit
@@ -186,13 +243,20 @@ def _gelu_backward_kernel(x_at, grad_at, out_at, count, BLOCK: tl.constexpr):
     tl.store(out_at + at, (grad * (cdf + x * pdf)).to(out_at.dtype.element_ty), at < count)
 
 
+def _launch_gelu(x: Tensor, out: Tensor, fp8: Any) -> None:
+    """fp8: (scale, amax), or None."""
+    scale, amax = fp8 or (x, x)  # a pointer that the kernel will not touch
+    grid = (triton.cdiv(x.numel(), 2048),)
+    _gelu_kernel[grid](x, out, scale, amax, x.numel(), QUANTISE=fp8 is not None, BLOCK=2048, num_warps=8)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
         out = torch.empty_like(x)
-        _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, out, x.numel(), BLOCK=2048, num_warps=8)
+        _launch_gelu(x, out, None)
         return out
 
     @staticmethod
@@ -207,3 +271,10 @@ class _Gelu(torch.autograd.Function):
 def gelu(x: Tensor) -> Tensor:
     """The exact (erf) GELU; TransformerEngine's fused one is the tanh approximation."""
     return _Gelu.apply(x)
+
+
+def gelu_quantised(x: Tensor, quantizer: Any) -> Tensor:
+    """As `gelu`, as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _launch_gelu(x, data, (quantizer.scale, quantizer.amax))
+    return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)

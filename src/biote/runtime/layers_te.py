@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from .engine import Layers
 from .packing import Packing
 
 try:
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import Float8Quantizer
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
-from .kernels import add_norm, gelu, rotate_qkv
+from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, rotate_in_place, split_and_rotate
+
+SHORT = 4096  # tokens up to which flash attention is used instead of cuDNN's
 
 
 def _placement() -> dict[str, Any]:
@@ -50,58 +54,98 @@ class Linear(_PlainState, te.Linear):
         super().__init__(in_features, out_features, bias=bias, **_placement())
 
     def forward(self, x: Tensor) -> Tensor:
-        if FP8GlobalStateManager.is_fp8_enabled():
+        if _quantised():
             return super().forward(x)
         return F.linear(x, self.weight, self.bias if self.use_bias else None)
 
+    def delayed_quantizer(self) -> Float8Quantizer | None:
+        """The delayed-scaling quantizer of the input, in inference, once TE has made it: a kernel may use it."""
+        if torch.is_grad_enabled() or not _quantised():
+            return None
+        made = self.quantizers["scaling_fwd"]
+        return made[0] if len(made) and isinstance(made[0], Float8Quantizer) else None
 
-class LayerNormLinear(_PlainState, te.LayerNormLinear):
-    """Residual sum, layer norm and a linear layer: norm and quantisation fused by TE, or sum and norm fused here."""
+
+class LayerNormLinear(Linear):
+    """Residual sum, layer norm and a linear layer. The parameters are those of TE's LayerNormLinear.
+
+    Sum, norm and quantisation are one kernel of ours: TE's module would norm alone, at a quarter of the memory's speed
+    for the hidden sizes of ESM-2 (docs/performance.md).
+    """
 
     def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
-        super().__init__(in_features, out_features, eps=eps, bias=bias, **_placement())
+        super().__init__(in_features, out_features, bias=bias)
+        self.eps = eps
+        self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
+        self.layer_norm_bias = nn.Parameter(torch.zeros(in_features))
 
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, delta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
-        if FP8GlobalStateManager.is_fp8_enabled():
-            x = x if delta is None else x + delta
-            return x, super().forward(x)
-        x, norm = add_norm(x, delta, self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return x, F.linear(norm, self.weight, self.bias if self.use_bias else None)
+        norm_weights = (self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        quantizer = self.delayed_quantizer()
+        if quantizer is None:
+            x, norm = add_norm(x, delta, *norm_weights)
+        else:
+            x, norm = add_norm_quantised(x, delta, *norm_weights, quantizer)
+        return x, super().forward(norm)
+
+
+class ActivationLinear(Linear):
+    """Activation, then a linear layer."""
+
+    def __init__(self, in_features: int, out_features: int, activation: str, bias: bool = True):
+        super().__init__(in_features, out_features, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "gelu_tanh":
+            return super().forward(F.gelu(x, approximate="tanh"))
+        quantizer = self.delayed_quantizer()
+        return super().forward(gelu(x) if quantizer is None else gelu_quantised(x, quantizer))
 
 
 class RotaryAttention(_PlainState, te.DotProductAttention):
-    """Rotation of queries and keys in place, then TE's attention on the packed tensor [T, H, 3, D]."""
+    """Rotation of queries and keys, then attention: cuDNN's by way of TE, or flash attention for a short batch.
+
+    TE's takes the host a millisecond, which a short batch does not hide; on long ones its kernel is the faster.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, dropout: float):
         super().__init__(
-            num_heads,
-            head_dim,
-            attention_dropout=dropout,
-            qkv_format="thd",
-            attn_mask_type="padding",
+            num_heads, head_dim, attention_dropout=dropout, qkv_format="thd", attn_mask_type="padding",
             softmax_scale=1.0,
-        )
-        self.num_heads, self.head_dim = num_heads, head_dim
+        )  # fmt: skip
+        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
 
     def queries_keys_values(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `layers_torch`; the three are views of one tensor."""
-        q, k, v = self._rotated(qkv, rotary).unbind(2)
-        return q, k, v
+        """As in `layers_torch`."""
+        return split_and_rotate(qkv.view(-1, self.num_heads, 3, self.head_dim), *rotary, self.head_dim**-0.5)
 
     def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-        """qkv [T, H * 3 * D] -> [T, H * D]; tokens past the last sequence come out as zeros."""
+        """qkv [T, H * 3 * D] -> [T, H * D]; what it gives for tokens past the last sequence has no meaning."""
         bounds, longest = packing.cu_seqlens, packing.max_seqlen
-        return super().forward(
-            qkv_layer=self._rotated(qkv, rotary), qkv_interleave_dim=-2, cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-            max_seqlen_q=longest, max_seqlen_kv=longest, pad_between_seqs=False,
-        )  # fmt: skip
+        sizes = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+        if self._is_short(qkv):
+            q, k, v = self.queries_keys_values(qkv, rotary)
+            context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
+            assert isinstance(context, Tensor)  # a tuple only if more were asked for
+            return context.flatten(1)
+        if qkv.requires_grad:
+            return super().forward(*self.queries_keys_values(qkv, rotary), pad_between_seqs=False, **sizes)
+        packed = qkv.view(-1, self.num_heads, 3, self.head_dim)
+        rotate_in_place(packed, *rotary, self.head_dim**-0.5)
+        return super().forward(qkv_layer=packed, qkv_interleave_dim=-2, pad_between_seqs=False, **sizes)
 
-    def _rotated(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        if qkv._is_view() and qkv.requires_grad:  # autograd forbids writing into a view that a custom Function made
-            qkv = qkv.clone()
-        rotated = rotate_qkv(qkv, *rotary, self.num_heads, self.head_dim**-0.5)
-        return rotated.view(-1, self.num_heads, 3, self.head_dim)
+    def _is_short(self, qkv: Tensor) -> bool:
+        dropout = self.dropout if self.training else 0.0
+        # the zeros that TE writes past the last sequence matter to the scales of quantised layers
+        return len(qkv) <= SHORT and qkv.dtype in (torch.float16, torch.bfloat16) and not dropout and not _quantised()
 
 
-te_layers = Layers(LayerNorm, Linear, LayerNormLinear, RotaryAttention, gelu)
+def _quantised() -> bool:
+    return FP8GlobalStateManager.is_fp8_enabled()
+
+
+te_layers = Layers(LayerNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)

@@ -35,6 +35,17 @@ class LayerNormLinear(nn.Module):
         return x, F.linear(norm, self.weight, self.bias)
 
 
+class ActivationLinear(nn.Linear):
+    """Activation, then a linear layer."""
+
+    def __init__(self, in_features: int, out_features: int, activation: str, bias: bool = True):
+        super().__init__(in_features, out_features, bias=bias)
+        self.approximate = "tanh" if activation == "gelu_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.gelu(x, approximate=self.approximate))
+
+
 class RotaryAttention(nn.Module):
     """Rotation of queries and keys to their positions, then softmax attention within each packed sequence."""
 
@@ -70,4 +81,4 @@ class RotaryAttention(nn.Module):
         return torch.cat(pieces).flatten(1)
 
 
-torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, RotaryAttention, F.gelu)
+torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)
