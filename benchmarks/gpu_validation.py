@@ -1,7 +1,7 @@
 """Both engines on a GPU against the original in float64, on the example proteins: one row a size, engine and dtype.
 
-Each row has our error beside the original's own at that dtype (relative L2 over real tokens). The model is exported
-and loaded from the export, as a user would. Weights are random: the shapes are the published ones.
+Each row has our error beside the original's own at that dtype (fp8: bf16), as relative L2 over real tokens.
+The model is exported and loaded from the export, as a user would. Shapes are the published ones, weights random.
 """
 
 import argparse
@@ -20,9 +20,11 @@ sys.path.append(str(HERE.parent / "examples"))
 from demo import PROTEINS, build_original, read_fasta
 
 from biote.export import export
+from biote.runtime.precision import FP8_RECIPES
 from biote.runtime.verify import DTYPES, NOISE_FACTOR, outputs_of, relative_l2
 from esm2.convert import load_hf
 
+FP8_BOUND = 0.15  # relative L2; three bits of mantissa in every product
 PACKAGES = ("torch", "transformers", "biote", "transformer_engine")
 
 
@@ -35,6 +37,7 @@ def rows(tag: str, dtypes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     )
     inputs = (batch["input_ids"].cuda(), batch["attention_mask"].cuda())
     reference = _run(load_hf(original, "AutoModelForMaskedLM", torch.float64), inputs)
+    yield from _fp8_rows(tag, folder, inputs, reference, original)
     for name in dtypes:
         theirs = _run(load_hf(original, "AutoModelForMaskedLM", DTYPES[name]), inputs)
         for engine in ("torch", "te"):
@@ -51,19 +54,50 @@ def rows(tag: str, dtypes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
+def _fp8_rows(
+    tag: str, folder: Path, inputs: tuple[torch.Tensor, torch.Tensor], reference: dict, original: Path
+) -> Iterator[dict[str, Any]]:
+    """Every fp8 recipe: error of the logits, and how far the masked-LM loss moves, beside the original's in bf16."""
+    theirs = _run(load_hf(original, "AutoModelForMaskedLM", torch.bfloat16), inputs)
+    for recipe in FP8_RECIPES:
+        model = AutoModelForMaskedLM.from_pretrained(
+            folder / "exported", trust_remote_code=True, engine="te", dtype=torch.bfloat16,
+            layer_precision="fp8", fp8_recipe=recipe,
+        ).eval()  # fmt: skip
+        for _ in range(3):  # delayed scaling: until the scales fit
+            ours = _run(model, inputs)
+        for quantity, value in ours.items():
+            error, floor = (relative_l2(x, reference[quantity]) for x in (value, theirs[quantity]))
+            yield {
+                "model": tag, "engine": "te", "dtype": f"fp8 {recipe}", "quantity": quantity, "error": error,
+                "error_of_original": floor, "ratio": error / floor, "passed": error <= FP8_BOUND,
+                "loss_difference": _loss(ours, inputs) - _loss(reference, inputs),
+                "loss_difference_of_original": _loss(theirs, inputs) - _loss(reference, inputs),
+            }  # fmt: skip
+
+
+def _loss(outputs: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Cross-entropy of the logits against the residues themselves, over real tokens."""
+    ids, mask = (x.cpu() for x in inputs)
+    return float(torch.nn.functional.cross_entropy(outputs["logits"][mask.bool()], ids[mask.bool()]))
+
+
 def _run(model: Any, inputs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
     return outputs_of(model.cuda(), *inputs, contacts=False)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = ["| model | engine | dtype | quantity | our error | original's error | ratio |"]
-    lines.append("|---" * 7 + "|")
+    lines = ["| model | engine | dtype | quantity | our error | original's error | ratio | loss moved by (original) |"]
+    lines.append("|---" * 8 + "|")
     for row in results:
         names = [row[key] for key in ("model", "engine", "dtype", "quantity")]
         errors = [f"{row[key]:.2e}" for key in ("error", "error_of_original")]
         verdict = f"{row['ratio']:.2f}" + ("" if row["passed"] else " (over)")
-        lines.append("| " + " | ".join([*names, *errors, verdict]) + " |")
+        moved = ""
+        if "loss_difference" in row:
+            moved = f"{row['loss_difference']:+.1e} ({row['loss_difference_of_original']:+.1e})"
+        lines.append("| " + " | ".join([*names, *errors, verdict, moved]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -92,6 +92,22 @@ def test_precision_by_layer():
     assert 0 < relative_l2(outputs[1], outputs[0]) < relative_l2(outputs[2], outputs[0])
 
 
+@pytest.mark.fp8
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_quantised_weights_take_less_memory_and_give_nearly_the_same(recipe):
+    model = build(layer_precision=["bf16", "fp8", "fp8", "fp8"], fp8_recipe=recipe)
+    before = torch.cuda.memory_allocated()
+    quantised = model.with_quantized_weights()
+    weights = sum(p.numel() for layer in model.model.layers[1:] for p in layer.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    assert torch.cuda.memory_allocated() - before < 2 * everything - 0.8 * weights
+    batch = packed(90, 38)
+    with torch.inference_mode():
+        for _ in range(3):
+            outputs = [each(**batch).logits.double() for each in (model, quantised)]
+    assert relative_l2(*outputs) < 0.1
+
+
 @pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
 def test_what_the_gpu_cannot_do_is_said(precision):
     if torch.cuda.get_device_capability() >= (10, 0):

@@ -16,6 +16,7 @@ from torch import Tensor
 from .packing import Packing
 
 MAX_GRAPHS = 16
+MAX_TOKENS = 16384  # beyond, the GPU is what takes the time, and rounding up to a bucket would cost more than the host
 WARM_UPS = 3  # runs before recording: libraries choose kernels, fp8 scales settle
 
 

@@ -223,10 +223,29 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tup
 
 
 @triton.jit
-def _gelu_kernel(x_at, out_at, scale_at, amax_at, count, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
+def _normal_cdf(x, EXACT: tl.constexpr):
+    """Probability that a normal variable is below x.
+
+    Not EXACT: within 1e-7, far below what bf16 resolves, by formula 7.1.26 of Abramowitz and Stegun. It takes a quarter
+    of the instructions of erf, which would otherwise be what limits the kernel.
+    """
+    if EXACT:
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    else:
+        t = 1.0 / (1.0 + 0.23164190 * tl.abs(x))
+        series = 0.127414796 + t * (-0.142248368 + t * (0.710706870 + t * (-0.726576013 + t * 0.530702714)))
+        tail = t * series * tl.exp(-0.5 * x * x)
+        cdf = tl.where(x > 0.0, 1.0 - tail, tail)
+    return cdf
+
+
+@triton.jit
+def _gelu_kernel(
+    x_at, out_at, scale_at, amax_at, count, EXACT: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + at, at < count, other=0.0).to(tl.float32)
-    out = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    out = x * _normal_cdf(x, EXACT)
     if QUANTISE:
         _store_fp8(out_at + at, out, at < count, scale_at, amax_at)
     else:
@@ -234,11 +253,11 @@ def _gelu_kernel(x_at, out_at, scale_at, amax_at, count, QUANTISE: tl.constexpr,
 
 
 @triton.jit
-def _gelu_backward_kernel(x_at, grad_at, out_at, count, BLOCK: tl.constexpr):
+def _gelu_backward_kernel(x_at, grad_at, out_at, count, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + at, at < count, other=0.0).to(tl.float32)
     grad = tl.load(grad_at + at, at < count, other=0.0).to(tl.float32)
-    cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    cdf = _normal_cdf(x, EXACT)
     pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
     tl.store(out_at + at, (grad * (cdf + x * pdf)).to(out_at.dtype.element_ty), at < count)
 
@@ -246,8 +265,10 @@ def _gelu_backward_kernel(x_at, grad_at, out_at, count, BLOCK: tl.constexpr):
 def _launch_gelu(x: Tensor, out: Tensor, fp8: Any) -> None:
     """fp8: (scale, amax), or None."""
     scale, amax = fp8 or (x, x)  # a pointer that the kernel will not touch
-    grid = (triton.cdiv(x.numel(), 2048),)
-    _gelu_kernel[grid](x, out, scale, amax, x.numel(), QUANTISE=fp8 is not None, BLOCK=2048, num_warps=8)
+    _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](
+        x, out, scale, amax, x.numel(),
+        EXACT=x.dtype == torch.float32, QUANTISE=fp8 is not None, BLOCK=2048, num_warps=8,
+    )  # fmt: skip
 
 
 class _Gelu(torch.autograd.Function):
@@ -263,8 +284,9 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        count = x.numel()
-        _gelu_backward_kernel[(triton.cdiv(count, 2048),)](x, grad.contiguous(), out, count, BLOCK=2048, num_warps=8)
+        _gelu_backward_kernel[(triton.cdiv(x.numel(), 2048),)](
+            x, grad.contiguous(), out, x.numel(), EXACT=x.dtype == torch.float32, BLOCK=2048, num_warps=8
+        )
         return out
 
 

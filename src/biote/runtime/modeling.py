@@ -23,10 +23,10 @@ from transformers.modeling_outputs import (
 )
 
 from .block import ACTIVATIONS, TransformerBlock
-from .cuda_graphs import GraphedEncoder
+from .cuda_graphs import MAX_TOKENS, GraphedEncoder
 from .engine import ENGINES, layers_of, resolve_engine
 from .packing import Packing, plan_packing
-from .precision import FP8_RECIPES, TOKEN_MULTIPLE, layer_precisions, refuse_unsupported, runs_of
+from .precision import FP8_RECIPES, TOKEN_MULTIPLE, layer_precisions, refuse_unsupported, runs_of, weights_of
 from .rope import RotaryEmbedding, inverse_frequencies
 
 
@@ -38,6 +38,8 @@ class EncoderConfig(PreTrainedConfig):
     hidden_act: "gelu" is the exact erf form; "gelu_tanh" its tanh approximation, asked for by name.
     layer_precision: "bf16" (the model's dtype), "fp8", "mxfp8" or "nvfp4": one word for all layers, or a list.
     fp8_recipe: "delayed", "current" or "block" scaling, for layers in "fp8".
+    quantized_weights: hold the weights of quantised layers quantised only, for inference in half the memory; such a
+        model is made by `model.with_quantized_weights()` and cannot be saved.
     cuda_graphs: replay recorded CUDA graphs in inference; what they cost and when they pay is in `cuda_graphs.py`.
     """
 
@@ -55,6 +57,7 @@ class EncoderConfig(PreTrainedConfig):
     engine: str = "auto"
     layer_precision: str | list[str] = "bf16"
     fp8_recipe: str = "delayed"
+    quantized_weights: bool = False
     cuda_graphs: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -66,7 +69,9 @@ class EncoderConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads")
         if self.fp8_recipe not in FP8_RECIPES:
             raise ValueError(f"fp8_recipe={self.fp8_recipe!r} is unknown; choose one of {', '.join(FP8_RECIPES)}")
-        layer_precisions(self.layer_precision, self.num_hidden_layers)
+        precisions = layer_precisions(self.layer_precision, self.num_hidden_layers)
+        if self.quantized_weights and set(precisions) == {"bf16"}:
+            raise ValueError('quantized_weights needs layers of a layer_precision other than "bf16"')
         super().__post_init__(**kwargs)
 
 
@@ -138,6 +143,22 @@ class BiotePreTrainedModel(PreTrainedModel):
             config_kwargs=config_kwargs,
         )
 
+    def with_quantized_weights(self) -> Any:
+        """This model on the GPU with quantised weights, for inference: made anew, the weights copied.
+
+        Needs layers in "fp8", "mxfp8" or "nvfp4" (`config.layer_precision`); ValueError without.
+        """
+        config = type(self.config).from_dict({**self.config.to_dict(), "quantized_weights": True})
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device("cuda"):
+                quantized = type(self)(config)
+        finally:
+            torch.set_default_dtype(before)
+        quantized.load_state_dict(self.state_dict())  # copying into a quantised weight quantises
+        return quantized.eval().requires_grad_(False)
+
     def _set_gradient_checkpointing(self, enable: bool = True, **options: Any) -> None:  # type: ignore[override]
         """With the te engine, TE's own recomputation, which keeps fp8 scales as they were in the forward pass."""
         if enable and self.base_model.engine == "te":
@@ -172,10 +193,13 @@ class EncoderModel(BiotePreTrainedModel):
         self.engine = resolve_engine(config.engine)
         layers = layers_of(self.engine)
         self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, rope_base)
-        self.layers = nn.ModuleList(TransformerBlock(config, layers) for _ in range(config.num_hidden_layers))
-        self.final_norm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         precisions = layer_precisions(config.layer_precision, config.num_hidden_layers)
         refuse_unsupported(precisions, config.fp8_recipe, self.engine)
+        self.layers = nn.ModuleList()
+        for precision in precisions:
+            with weights_of(precision, config):
+                self.layers.append(TransformerBlock(config, layers))
+        self.final_norm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.precision_runs = runs_of(precisions, config.fp8_recipe)
         self.token_multiple = 1 if set(precisions) <= {"bf16"} else TOKEN_MULTIPLE
         self.graphed = GraphedEncoder(lambda ids, packing: self._run(self.embeddings(ids, None, packing), packing)[0])
@@ -214,7 +238,8 @@ class EncoderModel(BiotePreTrainedModel):
         return Encoded(*self._run(x, packing, bool(keep_states), bool(keep_attentions)))
 
     def _can_replay(self, tokens: Tensor) -> bool:
-        return self.config.cuda_graphs and tokens.is_cuda and not self.training and not torch.is_grad_enabled()
+        fits = tokens.is_cuda and len(tokens) <= MAX_TOKENS
+        return self.config.cuda_graphs and fits and not self.training and not torch.is_grad_enabled()
 
     def _run(
         self, x: Tensor, packing: Packing, keep_states: bool = False, keep_attentions: bool = False

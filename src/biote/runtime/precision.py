@@ -71,6 +71,15 @@ def runs_of(precisions: list[str], fp8_recipe: str) -> list[tuple[range, Callabl
     return runs
 
 
+def weights_of(precision: str, config: Any) -> AbstractContextManager:
+    """The context in which to build a layer: its weights quantised from the start if the configuration says so."""
+    if not config.quantized_weights or precision == "bf16":
+        return nullcontext()
+    from transformer_engine.pytorch import quantized_model_init
+
+    return quantized_model_init(enabled=True, recipe=recipe_of(precision, config.fp8_recipe))
+
+
 def _context(recipe: Any) -> Callable[[], AbstractContextManager]:
     if recipe is None:
         return nullcontext
