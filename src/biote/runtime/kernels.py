@@ -226,7 +226,7 @@ def split_and_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tup
 def _normal_cdf(x, EXACT: tl.constexpr):
     """Probability that a normal variable is below x.
 
-    Not EXACT: within 1e-7, far below what bf16 resolves, by formula 7.1.26 of Abramowitz and Stegun. It takes a quarter
+    Not EXACT: within 1e-7, far below what bf16 resolves, by formula 7.1.26 of Abramowitz and Stegun, with a quarter
     of the instructions of erf, which would otherwise be what limits the kernel.
     """
     if EXACT:

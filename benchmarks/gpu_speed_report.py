@@ -1,0 +1,67 @@
+"""Make the table and the plot of a result of gpu_speed.py: `python benchmarks/gpu_speed_report.py RESULT.json`.
+
+They are written beside the result, as .md and .png. The plot needs matplotlib.
+"""
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+BASELINE = "NVIDIA recipe"
+
+
+def case_of(row: dict[str, Any]) -> str:
+    return f"{row['model']}, {row['tokens']:,} tokens, {row['mode']}"
+
+
+def speed_up(row: dict[str, Any], baseline: float | None) -> str:
+    return f"{baseline / row['ms']:.2f}" if baseline and row["ms"] else ""
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: one block a case, each side's median, and its ratio to NVIDIA's recipe and to the padded original."""
+    lines = []
+    for case, rows in groupby(record["rows"], case_of):
+        sides = {row["side"]: row for row in rows}
+        first = next(iter(sides.values()))
+        lines += [f"\n**{case}** ({first['proteins']} proteins; floor {first['floor_ms']:.1f} ms)\n"]
+        lines += ["| side | ms | host ms | real tokens/s | x NVIDIA recipe | x original | peak GB |", "|---" * 7 + "|"]
+        recipe, padded = (sides.get(name, {}).get("ms") for name in (BASELINE, "original padded"))
+        for name, row in sides.items():
+            if row["ms"] is None:
+                lines.append(f"| {name} | {row['note']} | | | | | |")
+                continue
+            numbers = [f"{row['ms']:.2f}", f"{row['host_ms']:.2f}", f"{row['tokens_per_s']:,.0f}"]
+            ratios = [speed_up(row, recipe), speed_up(row, padded), f"{row['peak_gb']:.1f}"]
+            lines.append("| " + " | ".join([name, *numbers, *ratios]) + " |")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    head = f"{record['device']}, {versions}; medians; bf16 unless said."
+    return head + "\n" + "\n".join(lines) + "\n"
+
+
+def plot(record: dict[str, Any], file: Path) -> None:
+    """Real tokens a second of every side, one panel a case."""
+    from matplotlib import pyplot
+
+    cases = [(case, list(rows)) for case, rows in groupby(record["rows"], case_of)]
+    figure, panels = pyplot.subplots(len(cases), 1, figsize=(9, 2.6 * len(cases)), layout="constrained")
+    for panel, (case, rows) in zip(panels, cases, strict=True):
+        shown = [row for row in rows if row["ms"]]
+        colours = ["tab:green" if "engine" in row["side"] else "tab:gray" for row in shown]
+        panel.barh([row["side"] for row in shown], [row["tokens_per_s"] / 1e3 for row in shown], color=colours)
+        panel.axvline(shown[0]["tokens"] / shown[0]["floor_ms"], color="black", linestyle=":", label="bf16 floor")
+        panel.invert_yaxis()
+        panel.set_title(case, fontsize=10)
+        panel.set_xlabel("thousand real tokens a second", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.legend(fontsize=7, loc="lower right")
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    result = Path(sys.argv[1])
+    measured = json.loads(result.read_text(encoding="utf-8"))
+    result.with_suffix(".md").write_text(table(measured), encoding="utf-8")
+    plot(measured, result.with_suffix(".png"))
