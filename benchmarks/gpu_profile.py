@@ -1,4 +1,4 @@
-"""Where the time of the te engine goes on one GPU: kernels by total time, and the host, for one step of a few cases."""
+"""Where the time of the te engine goes on one GPU: kernels by total time, and the host, one step of a few cases."""
 
 import argparse
 from contextlib import nullcontext

@@ -6,8 +6,9 @@ torch.autocast, each operation's own rule would decide what is rounded: layer no
 be float32 in one implementation and not in another. With weights in bf16 the dtype is the same throughout for all, and
 is the one in which the engines are validated. --autocast measures the other way: float32 weights under autocast.
 
-The proteins are drawn from a fixed order-2 Markov chain over the 20 amino acids, so there is something to learn. How
-much two runs may differ is measured on the original itself: run again, with its rows in reverse order, and in float32.
+The proteins are drawn from fixed order-2 Markov chains over the 20 amino acids, one for each of a few families: there
+is something to learn. How much two runs may differ is measured on the original itself: run again, with its rows in
+reverse order, and in float32.
 Shapes: B proteins, S padded length, T packed tokens.
 """
 
@@ -33,7 +34,7 @@ CLS, PAD, EOS, MASK = 0, 1, 2, 32
 FIRST_RESIDUE, RESIDUES = 4, 20
 SHORTEST, LONGEST, MEDIAN_LOG, SIGMA = 40, 512, 5.2, 0.6  # tokens of a protein, log-normal
 CHOSEN, MASKED, REPLACED = 0.15, 0.12, 0.135  # of 15% of the residues, 80% are masked and 10% replaced
-CONTRAST = 2.0  # standard deviation of the chain's log-odds
+FAMILIES, CONTRAST = 8, 1.5  # chains that proteins are drawn from, standard deviation of their log-odds
 PEAK_RATE, WARM_UP_STEPS = 1e-3, 20
 LAST, WINDOW = 50, 20  # steps that the summary is over, steps that the plot's differences are averaged over
 SEED = 2023
@@ -92,14 +93,16 @@ class Batch:
 
 
 def chain_of_residues(proteins: int, length: int, generator: torch.Generator) -> Tensor:
-    """Draw int64 [proteins, length], 0 to 19, each residue depending on the two before it."""
-    first, second = CONTRAST * torch.randn(2, RESIDUES, RESIDUES, generator=generator)
-    chances = (first[:, None] + second[None]).softmax(-1)  # [residue before last, last residue, next]
+    """Draw int64 [proteins, length], 0 to 19: by the two residues before, and by what the protein's family favours."""
+    second, first = CONTRAST * torch.randn(2, RESIDUES, RESIDUES, generator=generator)
+    favoured = CONTRAST * torch.randn(FAMILIES, 1, 1, RESIDUES, generator=generator)
+    chances = (second[:, None] + first[None] + favoured).softmax(-1)  # [family, residue before last, last, next]
     bounds = chances.cumsum(-1)[..., :-1]
+    family = torch.randint(FAMILIES, (proteins,), generator=generator)
     residues = torch.randint(RESIDUES, (proteins, length), generator=generator)
     drawn = torch.rand(proteins, length, 1, generator=generator)
     for at in range(2, length):
-        residues[:, at] = (drawn[:, at] > bounds[residues[:, at - 2], residues[:, at - 1]]).sum(-1)
+        residues[:, at] = (drawn[:, at] > bounds[family, residues[:, at - 2], residues[:, at - 1]]).sum(-1)
     return residues
 
 

@@ -12,7 +12,8 @@ from biote.files import WEIGHTS
 from biote.runtime.verify import NOISE_FACTOR, relative_l2
 from esm2 import Esm2TEForMaskedLM
 
-pytestmark = pytest.mark.gpu
+# te.TransformerLayer warns of its own ways of calling TE's attention
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 HIDDEN, HEADS, FFN, LAYERS, VOCABULARY, PADDED, EPS = 128, 4, 256, 3, 33, 64, 1e-5
 LENGTHS = (100, 37, 61)
 CONFIG = {

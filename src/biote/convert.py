@@ -71,7 +71,8 @@ def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path
 
 def state_specs(cls: type[PreTrainedModel], config: EncoderConfig) -> dict[str, Tensor]:
     """The keys, shapes and dtypes of a model's checkpoint as meta tensors, tied copies left out."""
-    config = type(config).from_dict({**config.to_dict(), "engine": "torch"})
+    anywhere = {"engine": "torch", "layer_precision": "bf16", "quantized_weights": False}  # the keys are the same
+    config = type(config).from_dict({**config.to_dict(), **anywhere})
     with torch.device("meta"), no_init_weights():
         model = cls(config)
     return own_state(model)

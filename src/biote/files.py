@@ -108,11 +108,12 @@ class CheckpointReader:
 
     def read(self, keys: Iterable[str]) -> list[Tensor]:
         """The tensors of `keys`. They are views of the file, which is unmapped once they are gone."""
-        tensors = []
-        for key in keys:
-            with _opened(self.file_of_key[key]) as handle:
-                tensors.append(handle.get_tensor(key))
-        return tensors
+        found = {}
+        keys = list(keys)
+        for file in {self.file_of_key[key] for key in keys}:
+            with _opened(file) as handle:
+                found.update({key: handle.get_tensor(key) for key in keys if self.file_of_key[key] == file})
+        return [found[key] for key in keys]
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class LayerNormLinear(Linear):
     """Residual sum, layer norm and a linear layer. The parameters are those of TE's LayerNormLinear.
 
     Sum, norm and quantisation are one kernel of ours: TE's module would norm alone, at a quarter of the memory's speed
-    for the hidden sizes of ESM-2 (docs/performance.md).
+    for a hidden size of 1280 (docs/performance.md).
     """
 
     def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):

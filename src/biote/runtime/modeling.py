@@ -152,7 +152,7 @@ class BiotePreTrainedModel(PreTrainedModel):
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with torch.device("cuda"):
+            with torch.device("cuda"), torch.no_grad():  # with gradients, TE would also hold every weight transposed
                 quantized = type(self)(config)
         finally:
             torch.set_default_dtype(before)
