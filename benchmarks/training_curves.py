@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import EsmConfig, EsmForMaskedLM, logging
 
 from biote.convert import own_state
+from biote.runtime.engine import why_not_te
 from esm2 import convert_hf_to_te
 
 SHAPES = {"8M": (6, 320, 20), "35M": (12, 480, 20)}  # layers, hidden size, heads
@@ -291,6 +292,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    why_not_te()  # imports TransformerEngine first: after torch has loaded its own cuDNN, a second copy may clash
     record = run(arguments)
     plot(record["losses"], arguments.output / "training_curves.png")
     print(table(record["summary"], arguments.steps))
