@@ -8,6 +8,7 @@ machine has handed it back to its host, which would favour `cp`, as it needs no 
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -174,11 +175,12 @@ def show(results: list[dict[str, Any]], imports: dict[str, float]) -> None:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side.")] = 3,
     output: Annotated[Path, typer.Option(help="Where the result is written.")] = RESULTS / "file_conversion.json",
     scratch: Annotated[Path | None, typer.Option(help="Folder with 11 GB free for temporary files.")] = None,
 ) -> None:
     """Compare biote's conversion of a 2.6 GB checkpoint with cp."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a time limit, too, leaves no temporary files
     facts = provenance(("torch", "transformers", "safetensors", "biote"))
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
