@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WRITE_BYTES = 2**20  # one write of a whole tensor takes Linux's page cache up to five times as long
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -141,7 +142,9 @@ def write_checkpoint(
                 made, tensor = next(incoming)
                 if made != key or tensor.shape != specs[key].shape or tensor.dtype != specs[key].dtype:
                     raise RuntimeError(f"tensors came out of order: {made} where {key} was due")
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+                for start in range(0, len(data), WRITE_BYTES):
+                    file.write(data[start : start + WRITE_BYTES])
     if len(shards) > 1:
         total = sum(_size(spec) for spec in specs.values())
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
