@@ -13,26 +13,7 @@ from .packing import Packing
 from .rope import rotate_half
 
 LayerNorm = nn.LayerNorm
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of x [T, in].
-
-    For float32 inference on a CPU it is a 1 x 1 convolution over an image of T x 1 pixels, channels last: the same
-    product over the same memory, but by oneDNN, which on AMD takes half the time of the MKL call behind F.linear.
-    """
-    if x.is_cuda or x.dtype != torch.float32 or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    image = x.reshape(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)  # [1, in, T, 1]
-    return F.conv2d(image, weight[..., None, None], bias).permute(0, 2, 3, 1).flatten(0, 2)
-
-
-class Linear(nn.Linear):
-    """Linear layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
-        return linear(x, self.weight, self.bias)
+Linear = nn.Linear
 
 
 class LayerNormLinear(nn.Module):
@@ -51,10 +32,10 @@ class LayerNormLinear(nn.Module):
         """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
         x = x if delta is None else x + delta
         norm = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return x, linear(norm, self.weight, self.bias)
+        return x, F.linear(norm, self.weight, self.bias)
 
 
-class ActivationLinear(Linear):
+class ActivationLinear(nn.Linear):
     """Activation, then a linear layer."""
 
     def __init__(self, in_features: int, out_features: int, activation: str, bias: bool = True):
