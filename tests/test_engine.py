@@ -32,6 +32,7 @@ from esm2 import (
 CLASSES = [Esm2TEModel, Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEForSequenceClassification]
 TE_NAME = "transformer_engine.pytorch"
 KERNELS = "biote.runtime.kernels"  # Triton, which a machine without a GPU lacks
+ATTENTION = "biote.runtime.attention_te"
 
 
 class StandIn(nn.Module):
@@ -67,18 +68,6 @@ class Linear(StandIn):
         self.own(device, params_dtype, weight=(out_features, in_features), **biases)
 
 
-class DotProductAttention(StandIn):
-    def __init__(
-        self, num_attention_heads: int, kv_channels: int, *, attention_dropout: float = 0.0, qkv_format: str = "sbhd",
-        attn_mask_type: str = "causal", softmax_scale: float | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.num_attention_heads, self.kv_channels, self.attention_dropout = (
-            num_attention_heads, kv_channels, attention_dropout,
-        )  # fmt: skip
-        self.qkv_format, self.attn_mask_type, self.softmax_scale = qkv_format, attn_mask_type, softmax_scale
-
-
 class NotQuantised:
     """Stands in for TE's global state outside of an autocast region."""
 
@@ -92,7 +81,7 @@ def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-STAND_INS = (LayerNorm, Linear, DotProductAttention)
+STAND_INS = (LayerNorm, Linear)
 
 
 @pytest.fixture
@@ -115,14 +104,15 @@ def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return "real"
     request.getfixturevalue("fresh_layers")
     package, pytorch = ModuleType("transformer_engine"), ModuleType(TE_NAME)
-    quantization, kernels = ModuleType(f"{TE_NAME}.quantization"), ModuleType(KERNELS)
+    quantization, kernels, attention = (ModuleType(name) for name in (f"{TE_NAME}.quantization", KERNELS, ATTENTION))
     vars(package)["pytorch"] = pytorch
     vars(pytorch).update({stand_in.__name__: stand_in for stand_in in STAND_INS})
     vars(quantization)["FP8GlobalStateManager"] = NotQuantised
     vars(pytorch)["Float8Quantizer"] = object
-    unused = ("add_norm_quantised", "gelu_quantised", "rotate_in_place", "split_and_rotate")
+    unused = ("add_norm_quantised", "gelu_quantised")
     vars(kernels).update({"add_norm": plain_add_norm, "gelu": F.gelu, **dict.fromkeys(unused)})
-    for module in (package, pytorch, quantization, kernels):
+    vars(attention).update(cudnn_can_attend=lambda qkv: False, rotary_attention=None)
+    for module in (package, pytorch, quantization, kernels, attention):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(engine, "why_not_te", lambda: None)
     return "stand-in"
@@ -224,7 +214,6 @@ def test_both_engines_own_the_same_parameters(te: str, cls: type[PreTrainedModel
         assert isinstance(base.layers[0].attention.proj, source.Linear)
         assert isinstance(base.final_norm, source.LayerNorm)
     assert isinstance(ours["te"].base_model.layers[0].attention.qkv, sys.modules[TE_NAME].Linear)
-    assert isinstance(ours["te"].base_model.layers[0].attention.core, sys.modules[TE_NAME].DotProductAttention)
     states = {
         name: {key: (x.device.type, x.dtype, tuple(x.shape)) for key, x in model.state_dict().items()}
         for name, model in ours.items()
@@ -250,13 +239,6 @@ def test_layout_of_a_block(te: str) -> None:
         assert {key: tuple(tensor.shape) for key, tensor in model.layers[1].state_dict().items()} == shapes
         normed = (model.layers[0].attention.qkv, model.layers[0].mlp.fc1, model.final_norm)
         assert [module.eps for module in normed] == [3e-6] * 3
-
-
-def test_attention_of_te_is_packed_unmasked_and_scaled_before(te: str) -> None:
-    core = on_meta(Esm2TEModel, "te").layers[0].attention.core
-    assert (core.qkv_format, core.attn_mask_type, core.num_attention_heads) == ("thd", "padding", 3)
-    if te == "stand-in":
-        assert (core.kv_channels, core.attention_dropout, core.softmax_scale) == (4, 0.1, 1.0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -44,29 +44,58 @@ def test_add_norm(dtype, width):
     compare(lambda x, w, b: add_norm(x, None, w, b, 1e-5), lambda x, w, b: (x, plain(x, 0 * x, w, b)[1]), first, dtype)
 
 
+def turned(qkv, cos, sin, scale):
+    """Queries and keys turned as complex numbers, [T, H, 3, D] in float64."""
+    turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None, None]
+    factor = torch.tensor([scale, 1.0], device=qkv.device)[:, None]
+    half = qkv.shape[-1] // 2
+    z = torch.complex(qkv[:, :, :2, :half], qkv[:, :, :2, half:]) * factor * turn
+    return torch.cat((torch.cat((z.real, z.imag), -1), qkv[:, :, 2:]), 2)
+
+
+def relative(found, reference):
+    return float((found.detach().double() - reference.detach()).norm() / reference.detach().norm())
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rotation(dtype):
-    from biote.runtime.kernels import rotate_in_place, split_and_rotate
+    from biote.runtime.kernels import rotate_in_place
 
     cos, sin = RotaryEmbedding(D, 10000.0).cuda()(torch.arange(T, device="cuda"))
+    qkv, grad = randn(T, H, 3, D).to("cuda", dtype), randn(T + 1, H, 3, D)[1:].to("cuda", dtype)
+    exact = qkv.double().requires_grad_()
+    expected = turned(exact, cos, sin, 0.3)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    rotate_in_place(qkv, cos, sin, 0.3)
+    rotate_in_place(grad, cos, sin, 0.3, backward=True)
+    assert relative(qkv, expected) < TOLERANCE[dtype]
+    assert relative(grad, expected_grad) < TOLERANCE[dtype]
 
-    def plain(qkv):
-        turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None]
 
-        def turned(x):
-            z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
-            return torch.cat((z.real, z.imag), -1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_attention(dtype):
+    from biote.runtime.attention_te import rotary_attention
+    from biote.runtime.packing import Packing
 
-        q, k, v = qkv.unbind(2)
-        return turned(0.3 * q), turned(k), v
-
-    qkv = randn(T, H, 3, D)
-    compare(lambda x: split_and_rotate(x, cos, sin, 0.3), plain, [qkv], dtype)
-    there = qkv.to("cuda", dtype)
-    expected = split_and_rotate(there, cos, sin, 0.3)
-    rotate_in_place(there, cos, sin, 0.3)
-    for part, reference in zip(there.unbind(2), expected, strict=True):
-        assert torch.equal(part, reference)
+    lengths, surplus = [40, 1, 30], 6
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    positions = torch.cat([torch.arange(n) for n in (*lengths, surplus)]).cuda()
+    rotary = RotaryEmbedding(D, 10000.0).cuda()(positions)
+    qkv = (2 * randn(T, H, 3, D)).to("cuda", dtype).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    found = rotary_attention(qkv * 1, rotary, Packing(bounds, 40, positions, (1, T), None), dropout=0.0)
+    pieces = []
+    for piece in turned(exact, *rotary, D**-0.5)[: sum(lengths)].split(lengths):
+        q, k, v = piece.unbind(2)
+        pieces.append(torch.einsum("hlm,mhd->lhd", torch.einsum("lhd,mhd->hlm", q, k).softmax(-1), v))
+    expected = torch.cat(pieces)
+    weights = randn(T, H, D).to("cuda", dtype)
+    weights[sum(lengths) :] = 0
+    found.backward(weights)
+    expected.backward(weights[: sum(lengths)].double())
+    assert relative(found[: sum(lengths)], expected) < TOLERANCE[dtype]
+    assert not found[sum(lengths) :].any()
+    assert relative(qkv.grad, exact.grad) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.fp8

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from .engine import Layers
+from .layers_torch import RotaryAttention as TorchRotaryAttention
 from .packing import Packing
 
 try:
@@ -20,9 +20,8 @@ try:
 except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
-from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, rotate_in_place, split_and_rotate
-
-SHORT = 4096  # tokens up to which flash attention is used instead of cuDNN's
+from .attention_te import cudnn_can_attend, rotary_attention
+from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised
 
 
 def _placement() -> dict[str, Any]:
@@ -106,42 +105,15 @@ class ActivationLinear(Linear):
         return super().forward(gelu(x) if quantizer is None else gelu_quantised(x, quantizer))
 
 
-class RotaryAttention(_PlainState, te.DotProductAttention):
-    """Rotation of queries and keys, then attention: cuDNN's by way of TE, or flash attention for a short batch.
-
-    TE's takes the host a millisecond, which a short batch does not hide; on long ones its kernel is the faster.
-    """
-
-    def __init__(self, num_heads: int, head_dim: int, dropout: float):
-        super().__init__(
-            num_heads, head_dim, attention_dropout=dropout, qkv_format="thd", attn_mask_type="padding",
-            softmax_scale=1.0,
-        )  # fmt: skip
-        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
-
-    def queries_keys_values(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `layers_torch`."""
-        return split_and_rotate(qkv.view(-1, self.num_heads, 3, self.head_dim), *rotary, self.head_dim**-0.5)
+class RotaryAttention(TorchRotaryAttention):
+    """Rotation of queries and keys, then attention: cuDNN's where it can, else as the torch engine."""
 
     def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-        """qkv [T, H * 3 * D] -> [T, H * D]; what it gives for tokens past the last sequence has no meaning."""
-        bounds, longest = packing.cu_seqlens, packing.max_seqlen
-        sizes = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": longest, "max_seqlen_kv": longest}
-        if self._is_short(qkv):
-            q, k, v = self.queries_keys_values(qkv, rotary)
-            context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
-            assert isinstance(context, Tensor)  # a tuple only if more were asked for
-            return context.flatten(1)
-        if qkv.requires_grad:
-            return super().forward(*self.queries_keys_values(qkv, rotary), pad_between_seqs=False, **sizes)
-        packed = qkv.view(-1, self.num_heads, 3, self.head_dim)
-        rotate_in_place(packed, *rotary, self.head_dim**-0.5)
-        return super().forward(qkv_layer=packed, qkv_interleave_dim=-2, pad_between_seqs=False, **sizes)
-
-    def _is_short(self, qkv: Tensor) -> bool:
-        dropout = self.dropout if self.training else 0.0
-        # the zeros that TE writes past the last sequence matter to the scales of quantised layers
-        return len(qkv) <= SHORT and qkv.dtype in (torch.float16, torch.bfloat16) and not dropout and not _quantised()
+        """qkv [T, H * 3 * D], which is overwritten -> [T, H * D], zero past the last sequence."""
+        heads = qkv.view(-1, self.num_heads, 3, self.head_dim)
+        if not cudnn_can_attend(heads):
+            return super().forward(qkv, rotary, packing)
+        return rotary_attention(heads, rotary, packing, self.dropout if self.training else 0.0).flatten(1)
 
 
 def _quantised() -> bool:

@@ -1,0 +1,67 @@
+"""cuDNN's attention over packed tokens, with the rotation before it, as one differentiable function.
+
+te.DotProductAttention runs the same kernels but takes the host up to a millisecond a call to choose them.
+Shapes: T packed tokens, B sequences, H heads, D head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import rotate_in_place
+from .packing import Packing
+
+try:
+    from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
+except ImportError as error:
+    raise RuntimeError(f'engine="te" needs TransformerEngine 2.20 or later: {error}') from error
+
+
+def cudnn_can_attend(qkv: Tensor) -> bool:
+    """Whether cuDNN has a kernel for packed qkv [T, H, 3, D] of this type, size and GPU."""
+    half_precision = qkv.dtype in (torch.float16, torch.bfloat16)
+    size_fits = qkv.shape[-1] % 8 == 0 and qkv.shape[-1] <= 128
+    return half_precision and size_fits and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+
+
+def rotary_attention(qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing, dropout: float) -> Tensor:
+    """qkv [T, H, 3, D], which is overwritten -> attention within each sequence [T, H, D], zero past the last one.
+
+    rotary: cosines and sines, float32 [T, D/2]. Scores are scaled by D^-0.5.
+    """
+    return _RotaryAttention.apply(qkv, *rotary, packing, dropout)
+
+
+class _RotaryAttention(torch.autograd.Function):
+    """Works in place on qkv, the output of a projection that nothing else reads, and on its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, packing: Packing, dropout: float) -> Tensor:
+        rotate_in_place(qkv, cos, sin, qkv.shape[-1] ** -0.5)
+        ctx.how = {
+            "max_seqlen_q": packing.max_seqlen, "max_seqlen_kv": packing.max_seqlen,
+            "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_kv": packing.cu_seqlens,
+            "cu_seqlens_q_padded": packing.cu_seqlens, "cu_seqlens_kv_padded": packing.cu_seqlens,
+            "fake_dtype": qkv.dtype, "fused_attention_backend": FusedAttnBackend["F16_arbitrary_seqlen"],
+            "attn_scale": 1.0, "dropout": dropout, "qkv_layout": "th3d", "o_format": "thd",
+            "attn_mask_type": "padding",
+        }  # fmt: skip
+        q, k, v = qkv.unbind(2)
+        differentiable = ctx.needs_input_grad[0]
+        context, saved = fused_attn_fwd(is_training=differentiable, q=q, k=k, v=v, **ctx.how)
+        if differentiable:
+            ctx.save_for_backward(qkv, cos, sin, context, *saved)
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, grad_context: Tensor) -> Any:
+        qkv, cos, sin, context, *saved = ctx.saved_tensors
+        q, k, v = qkv.unbind(2)
+        grad_q, *_ = fused_attn_bwd(
+            q=q, k=k, v=v, o=context, d_o=grad_context.contiguous(), aux_ctx_tensors=saved,
+            do_format="thd", dqkv_layout="th3d", **ctx.how,
+        )  # fmt: skip
+        grad = grad_q.as_strided(qkv.shape, qkv.stride())  # the three gradients lie together, as qkv does
+        rotate_in_place(grad, cos, sin, qkv.shape[-1] ** -0.5, backward=True)
+        return grad, None, None, None, None
