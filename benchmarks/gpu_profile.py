@@ -16,7 +16,7 @@ CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
     ("650M", 43_000, True, {}),
     ("650M", 10_000, True, {}),
 ]
-SHOWN = 16
+SHOWN = 24
 
 
 def profiled(model: str, tokens: int, training: bool, fields: dict[str, Any]) -> dict[str, Any]:

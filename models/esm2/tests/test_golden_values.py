@@ -16,16 +16,16 @@ def test_float64_equals_the_original_with_gradients(case, auto):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM"])
+@pytest.mark.parametrize("auto", PORT.classes)
 def test_lower_dtypes_stay_at_the_noise_floor(case, auto, dtype):
-    contract.assert_noise_floor(case, auto, dtype)
+    contract.assert_noise_floor(case, auto, contract.Setting(dtype=dtype))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("engine", ["torch", "te"])
-def test_gpu_engines_stay_at_the_noise_floor(case, engine, dtype):
-    contract.assert_noise_floor(case, "AutoModelForMaskedLM", dtype, engine, "cuda")
+@pytest.mark.parametrize("setting", contract.GPU_SETTINGS, ids=str)
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_contract_on_the_gpu(case, auto, setting, tmp_path, noise_rows):
+    noise_rows.extend(contract.assert_contract_on_gpu(case, auto, setting, tmp_path))
 
 
 @pytest.mark.parametrize("auto", PORT.classes)

@@ -1,6 +1,10 @@
 """Pytest plugin: the markers of the whole repository, and the reason why a marked test cannot run here."""
 
+import json
 import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,23 @@ MARKERS = {
     "hub": "needs the Hugging Face Hub; set BIOTE_HUB=1 where it can be reached",
     "slow": "takes more than a few seconds",
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run on a GPU keep what it measured."""
+    parser.addoption("--noise-json", type=Path, help="write every error that the contract measured to this file")
+
+
+@pytest.fixture(scope="session")
+def noise_rows(request: pytest.FixtureRequest) -> Iterator[list[dict]]:
+    """Rows that tests add to, written at the end if --noise-json asks for it."""
+    rows: list[dict] = []
+    yield rows
+    path = request.config.getoption("noise_json")
+    if path and rows:
+        versions = {name: version(name) for name in ("torch", "transformers", "biote")}
+        record = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": rows}
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
