@@ -65,8 +65,10 @@ AGREEMENT = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2, "fp8": 0.6}
 # model to the next by a factor of two, on either side of the original's.
 SCATTER_FACTOR = 2.5
 FEW = 500
-FP8_BOUNDS = {"gradients": 0.8}  # relative L2 to float64 of a tiny random model in fp8, as measured on an H100
-FP8_BOUND = 0.4  # of every other quantity
+# In float32 a GPU's attention kernels add up in another order than the original's products: it shows where the model
+# is this small; at the published shapes NOISE_FACTOR holds (docs/validation).
+GPU_FLOAT32_FACTOR = 1.25
+FP8_BOUND = 0.2  # relative L2 to float64 of a tiny random model in fp8; measured: 0.11 at most
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,14 @@ def assert_noise_floor(case: Case, auto: str, setting: Setting) -> dict[str, Noi
     """At a lower dtype we are at most NOISE_FACTOR times as far from float64 as the original; returns both errors."""
     errors = noise(case, auto, setting)
     for key, error in errors.items():
-        factor = SCATTER_FACTOR if key == "gradients" or error.numbers < FEW else NOISE_FACTOR
-        allowed = FP8_BOUNDS.get(key, FP8_BOUND) if setting.dtype == "fp8" else factor * error.original
+        if setting.dtype == "fp8":
+            allowed = FP8_BOUND
+        elif key == "gradients" or error.numbers < FEW:
+            allowed = SCATTER_FACTOR * error.original
+        elif setting.dtype == "float32" and setting.device == "cuda":
+            allowed = GPU_FLOAT32_FACTOR * error.original
+        else:
+            allowed = NOISE_FACTOR * error.original
         assert error.ours <= allowed, f"{key} at {setting}: error {error.ours:.3g}, allowed {allowed:.3g}"
     return errors
 
