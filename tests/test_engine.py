@@ -58,6 +58,13 @@ class LayerNorm(StandIn):
         self.own(str(device), dtype, weight=(normalized_shape,), bias=(normalized_shape,))
 
 
+class RMSNorm(StandIn):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, device: Any = "cuda", dtype: Any = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.own(str(device), dtype, weight=(normalized_shape,))
+
+
 class Linear(StandIn):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: Any = None, device: Any = "cuda"
@@ -81,7 +88,7 @@ def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-STAND_INS = (LayerNorm, Linear)
+STAND_INS = (LayerNorm, RMSNorm, Linear)
 
 
 @pytest.fixture
@@ -109,7 +116,7 @@ def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     vars(pytorch).update({stand_in.__name__: stand_in for stand_in in STAND_INS})
     vars(quantization)["FP8GlobalStateManager"] = NotQuantised
     vars(pytorch)["Float8Quantizer"] = object
-    unused = ("add_norm_quantised", "gelu_quantised")
+    unused = ("add_norm_quantised", "gelu_quantised", "swiglu", "swiglu_quantised")
     vars(kernels).update({"add_norm": plain_add_norm, "gelu": F.gelu, **dict.fromkeys(unused)})
     vars(attention).update(cudnn_can_attend=lambda qkv: False, rotary_attention=None)
     for module in (package, pytorch, quantization, kernels, attention):

@@ -44,36 +44,44 @@ def test_add_norm(dtype, width):
     compare(lambda x, w, b: add_norm(x, None, w, b, 1e-5), lambda x, w, b: (x, plain(x, 0 * x, w, b)[1]), first, dtype)
 
 
-def turned(qkv, cos, sin, scale):
+def turned(qkv, cos, sin, scale, pairs):
     """Queries and keys turned as complex numbers, [T, H, 3, D] in float64."""
     turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None, None]
     factor = torch.tensor([scale, 1.0], device=qkv.device)[:, None]
     half = qkv.shape[-1] // 2
-    z = torch.complex(qkv[:, :, :2, :half], qkv[:, :, :2, half:]) * factor * turn
-    return torch.cat((torch.cat((z.real, z.imag), -1), qkv[:, :, 2:]), 2)
+    rotated = qkv[:, :, :2]
+    if pairs:
+        z = torch.complex(rotated[..., ::2], rotated[..., 1::2]) * factor * turn
+        rotated = torch.view_as_real(z).flatten(-2)
+    else:
+        z = torch.complex(rotated[..., :half], rotated[..., half:]) * factor * turn
+        rotated = torch.cat((z.real, z.imag), -1)
+    return torch.cat((rotated, qkv[:, :, 2:]), 2)
 
 
 def relative(found, reference):
     return float((found.detach().double() - reference.detach()).norm() / reference.detach().norm())
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rotation(dtype):
+def test_rotation(dtype, pairs):
     from biote.runtime.kernels import rotate_in_place
 
     cos, sin = RotaryEmbedding(D, 10000.0).cuda()(torch.arange(T, device="cuda"))
     qkv, grad = randn(T, H, 3, D).to("cuda", dtype), randn(T + 1, H, 3, D)[1:].to("cuda", dtype)
     exact = qkv.double().requires_grad_()
-    expected = turned(exact, cos, sin, 0.3)
+    expected = turned(exact, cos, sin, 0.3, pairs)
     (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
-    rotate_in_place(qkv, cos, sin, 0.3)
-    rotate_in_place(grad, cos, sin, 0.3, backward=True)
+    rotate_in_place(qkv, cos, sin, 0.3, pairs)
+    rotate_in_place(grad, cos, sin, 0.3, pairs, backward=True)
     assert relative(qkv, expected) < TOLERANCE[dtype]
     assert relative(grad, expected_grad) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rotary_attention(dtype):
+def test_rotary_attention(dtype, pairs):
     from biote.runtime.attention_te import rotary_attention
     from biote.runtime.packing import Packing
 
@@ -83,9 +91,9 @@ def test_rotary_attention(dtype):
     rotary = RotaryEmbedding(D, 10000.0).cuda()(positions)
     qkv = (2 * randn(T, H, 3, D)).to("cuda", dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    found = rotary_attention(qkv * 1, rotary, Packing(bounds, 40, positions, (1, T), None), dropout=0.0)
+    found = rotary_attention(qkv * 1, rotary, Packing(bounds, 40, positions, (1, T), None), 0.0, pairs)
     pieces = []
-    for piece in turned(exact, *rotary, D**-0.5)[: sum(lengths)].split(lengths):
+    for piece in turned(exact, *rotary, D**-0.5, pairs)[: sum(lengths)].split(lengths):
         q, k, v = piece.unbind(2)
         pieces.append(torch.einsum("hlm,mhd->lhd", torch.einsum("lhd,mhd->hlm", q, k).softmax(-1), v))
     expected = torch.cat(pieces)
@@ -102,7 +110,14 @@ def test_rotary_attention(dtype):
 def test_quantised_outputs():
     from transformer_engine.pytorch import DType, Float8Quantizer
 
-    from biote.runtime.kernels import add_norm, add_norm_quantised, gelu, gelu_quantised
+    from biote.runtime.kernels import (
+        add_norm,
+        add_norm_quantised,
+        gelu,
+        gelu_quantised,
+        swiglu,
+        swiglu_quantised,
+    )
 
     x, delta = randn(T, 320).cuda().bfloat16(), randn(T, 320).cuda().bfloat16()
     weight, bias = randn(320).cuda().bfloat16(), randn(320).cuda().bfloat16()
@@ -112,6 +127,7 @@ def test_quantised_outputs():
             lambda q: add_norm_quantised(x, delta, weight, bias, 1e-5, q)[1],
         ),
         (lambda: gelu(x), lambda q: gelu_quantised(x, q)),
+        (lambda: swiglu(3 * x), lambda q: swiglu_quantised(3 * x, q)),
     ):
         scale, amax = torch.full((1,), 16.0, device="cuda"), torch.zeros(1, device="cuda")
         expected, found = plain().double(), quantised(Float8Quantizer(scale, amax, DType.kFloat8E4M3))
@@ -119,6 +135,30 @@ def test_quantised_outputs():
         assert float((found.dequantize().double() - expected).norm() / expected.norm()) < 0.04
         found = quantised(Float8Quantizer(scale * 1000, amax, DType.kFloat8E4M3))
         assert float(found.dequantize().abs().max()) <= 448 / 16000 * 1.01, "saturates"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [48, 320, 1280, 5120])
+def test_add_rms_norm(dtype, width):
+    from biote.runtime.kernels import add_norm
+
+    def plain(x, delta, weight):
+        return x + delta, F.rms_norm(x + delta, (width,), weight, 1e-5)
+
+    inputs = [randn(T, width), randn(T, width) + 3, randn(width)]
+    compare(lambda x, delta, weight: add_norm(x, delta, weight, None, 1e-5), plain, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [24, 1712, 2560])
+def test_swiglu(dtype, width):
+    from biote.runtime.kernels import swiglu
+
+    def plain(x):
+        gate, value = x[:, :width], x[:, width:]
+        return (gate / (1 + torch.exp(-gate)) * value,)
+
+    compare(lambda x: (swiglu(x),), plain, [3 * randn(T, 2 * width)], dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -25,20 +25,25 @@ def cudnn_can_attend(qkv: Tensor) -> bool:
     return half_precision and size_fits and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
 
 
-def rotary_attention(qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing, dropout: float) -> Tensor:
+def rotary_attention(
+    qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing, dropout: float, rope_pairs: bool
+) -> Tensor:
     """qkv [T, H, 3, D], which is overwritten -> attention within each sequence [T, H, D], zero past the last one.
 
-    rotary: cosines and sines, float32 [T, D/2]. Scores are scaled by D^-0.5.
+    rotary: cosines and sines, float32 [T, D/2]; rope_pairs: see `rope.py`. Scores are scaled by D^-0.5.
     """
-    return _RotaryAttention.apply(qkv, *rotary, packing, dropout)
+    return _RotaryAttention.apply(qkv, *rotary, packing, dropout, rope_pairs)
 
 
 class _RotaryAttention(torch.autograd.Function):
     """Works in place on qkv, the output of a projection that nothing else reads, and on its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, packing: Packing, dropout: float) -> Tensor:
-        rotate_in_place(qkv, cos, sin, qkv.shape[-1] ** -0.5)
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, packing: Packing, dropout: float, rope_pairs: bool
+    ) -> Tensor:
+        rotate_in_place(qkv, cos, sin, qkv.shape[-1] ** -0.5, rope_pairs)
+        ctx.rope_pairs = rope_pairs
         ctx.how = {
             "max_seqlen_q": packing.max_seqlen, "max_seqlen_kv": packing.max_seqlen,
             "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_kv": packing.cu_seqlens,
@@ -63,5 +68,5 @@ class _RotaryAttention(torch.autograd.Function):
             do_format="thd", dqkv_layout="th3d", **ctx.how,
         )  # fmt: skip
         grad = grad_q.as_strided(qkv.shape, qkv.stride())  # the three gradients lie together, as qkv does
-        rotate_in_place(grad, cos, sin, qkv.shape[-1] ** -0.5, backward=True)
-        return grad, None, None, None, None
+        rotate_in_place(grad, cos, sin, qkv.shape[-1] ** -0.5, ctx.rope_pairs, backward=True)
+        return grad, None, None, None, None, None

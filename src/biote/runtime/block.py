@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .engine import Layers
 from .packing import Packing
 
-ACTIVATIONS = ("gelu", "gelu_tanh")  # gelu is the erf one, as the original; TE's own fused GELU is the tanh one
+# gelu is the erf one, as in the originals; TE's own fused GELU is the tanh one. swiglu gates by the first half.
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
 
 
 class SelfAttention(nn.Module):
@@ -23,9 +24,12 @@ class SelfAttention(nn.Module):
     def __init__(self, config: Any, layers: Layers):
         super().__init__()
         hidden, heads = config.hidden_size, config.num_attention_heads
-        self.qkv = layers.LayerNormLinear(hidden, 3 * hidden, eps=config.layer_norm_eps)
-        self.core = layers.RotaryAttention(heads, hidden // heads, config.attention_probs_dropout_prob)
-        self.proj = layers.Linear(hidden, hidden)
+        bias, rms_norm = config.attention_bias, config.rms_norm
+        self.qkv = layers.LayerNormLinear(hidden, 3 * hidden, eps=config.layer_norm_eps, bias=bias, rms_norm=rms_norm)
+        self.core = layers.RotaryAttention(
+            heads, hidden // heads, config.attention_probs_dropout_prob, rope_pairs=config.rope_pairs
+        )
+        self.proj = layers.Linear(hidden, hidden, bias=bias)
 
     def forward(
         self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: tuple[Tensor, Tensor]
@@ -56,8 +60,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Any, layers: Layers):
         super().__init__()
-        self.fc1 = layers.LayerNormLinear(config.hidden_size, config.intermediate_size, eps=config.layer_norm_eps)
-        self.fc2 = layers.ActivationLinear(config.intermediate_size, config.hidden_size, config.hidden_act)
+        hidden, width, bias = config.hidden_size, config.feed_forward_width, config.mlp_bias
+        up = 2 * width if config.hidden_act == "swiglu" else width
+        self.fc1 = layers.LayerNormLinear(hidden, up, eps=config.layer_norm_eps, bias=bias, rms_norm=config.rms_norm)
+        self.fc2 = layers.ActivationLinear(width, hidden, config.hidden_act, bias=bias)
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The sum x + delta, and what the layer adds to it, [T, N] each."""

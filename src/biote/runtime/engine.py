@@ -36,6 +36,7 @@ class Layers(NamedTuple):
     """The layer classes of one engine."""
 
     LayerNorm: Any
+    RMSNorm: Any
     Linear: Any
     LayerNormLinear: Any
     ActivationLinear: Any

@@ -30,7 +30,7 @@ def _store_fp8(at, value, inside, scale_at, amax_at):
 @triton.jit
 def _add_norm_kernel(
     x_at, delta_at, weight_at, bias_at, sum_at, norm_at, mean_at, rstd_at, scale_at, amax_at, n, eps,
-    HAS_DELTA: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr, RMS: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -41,24 +41,26 @@ def _add_norm_kernel(
         rounded = x.to(sum_at.dtype.element_ty)
         tl.store(sum_at + row * n + columns, rounded, inside)
         x = rounded.to(tl.float32)
-    mean = tl.sum(x, 0) / n
+    mean = 0.0 if RMS else tl.sum(x, 0) / n
     centred = tl.where(inside, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / n + eps)
     weight = tl.load(weight_at + columns, inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_at + columns, inside, other=0.0).to(tl.float32)
-    norm = centred * rstd * weight + bias
+    norm = centred * rstd * weight
+    if not RMS:
+        norm += tl.load(bias_at + columns, inside, other=0.0).to(tl.float32)
     if QUANTISE:
         _store_fp8(norm_at + row * n + columns, norm, inside, scale_at, amax_at)
     else:
         tl.store(norm_at + row * n + columns, norm.to(norm_at.dtype.element_ty), inside)
-        tl.store(mean_at + row, mean)
+        if not RMS:
+            tl.store(mean_at + row, mean)
         tl.store(rstd_at + row, rstd)
 
 
 @triton.jit
 def _add_norm_backward_kernel(
     grad_sum_at, grad_norm_at, sum_at, weight_at, mean_at, rstd_at, grad_at, weights_at, biases_at, rows, n,
-    BLOCK: tl.constexpr,
+    RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -72,19 +74,23 @@ def _add_norm_backward_kernel(
         x = tl.load(sum_at + at, inside, other=0.0).to(tl.float32)
         grad_sum = tl.load(grad_sum_at + at, inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_at + row)
-        unit = tl.where(inside, (x - tl.load(mean_at + row)) * rstd, 0.0)
+        mean = 0.0 if RMS else tl.load(mean_at + row)
+        unit = tl.where(inside, (x - mean) * rstd, 0.0)
         grad_weight += grad_norm * unit
         grad_bias += grad_norm
         weighted = grad_norm * weight
-        through = weighted - tl.sum(weighted, 0) / n - unit * (tl.sum(weighted * unit, 0) / n)
+        through = weighted - unit * (tl.sum(weighted * unit, 0) / n)
+        if not RMS:
+            through -= tl.sum(weighted, 0) / n
         tl.store(grad_at + at, (grad_sum + through * rstd).to(grad_at.dtype.element_ty), inside)
     tl.store(weights_at + program * n + columns, grad_weight, inside)
     tl.store(biases_at + program * n + columns, grad_bias, inside)
 
 
 def _launch_add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, norm: Tensor, statistics: Any, fp8: Any
-) -> Tensor:
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    norm: Tensor, statistics: Any, fp8: Any,
+) -> Tensor:  # fmt: skip
     """Run the kernel; statistics: (mean, rstd) to fill, or None; fp8: (scale, amax), or None. Returns the sum."""
     rows, n = x.shape
     summed = x if delta is None else torch.empty_like(x)
@@ -92,20 +98,21 @@ def _launch_add_norm(
     mean, rstd = statistics or (x, x)  # a pointer that the kernel will not touch
     scale, amax = fp8 or (x, x)
     _add_norm_kernel[(rows,)](
-        x, x if delta is None else delta, weight, bias, summed, norm, mean, rstd, scale, amax, n, eps,
-        HAS_DELTA=delta is not None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block),
+        x, x if delta is None else delta, weight, weight if bias is None else bias, summed, norm, mean, rstd,
+        scale, amax, n, eps,
+        HAS_DELTA=delta is not None, RMS=bias is None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return summed
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Any:
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
         norm = torch.empty_like(x)
         mean, rstd = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
         summed = _launch_add_norm(x, delta, weight, bias, eps, norm, (mean, rstd), None)
         ctx.save_for_backward(summed, weight, mean, rstd)
-        ctx.has_delta = delta is not None
+        ctx.has_delta, ctx.rms = delta is not None, bias is None
         return (summed if ctx.has_delta else x.view_as(x)), norm
 
     @staticmethod
@@ -119,19 +126,21 @@ class _AddNorm(torch.autograd.Function):
         block = triton.next_power_of_2(n)
         _add_norm_backward_kernel[(programs,)](
             grad_sum, grad_norm, summed, weight, mean, rstd, grad, partial[0], partial[1], rows, n,
-            BLOCK=block, num_warps=max(_warps(block) // 2, 1),
+            RMS=ctx.rms, BLOCK=block, num_warps=max(_warps(block) // 2, 1),
         )  # fmt: skip
         grad_weight, grad_bias = partial.sum(1).to(weight.dtype)
-        return grad, grad if ctx.has_delta else None, grad_weight, grad_bias, None
+        return grad, grad if ctx.has_delta else None, grad_weight, None if ctx.rms else grad_bias, None
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, N], delta [T, N] or None -> (x + delta, its layer norm), one pass over memory."""
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x [T, N], delta [T, N] or None -> (x + delta, its layer norm; without a bias its RMS norm), one pass."""
     return _AddNorm.apply(x.contiguous(), delta, weight, bias, eps)
 
 
 def add_norm_quantised(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, quantizer: Any
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, quantizer: Any
 ) -> tuple[Tensor, Tensor]:
     """As `add_norm`, the norm as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
@@ -144,17 +153,18 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _turn(at, half, cos, sin, scale, inside):
+def _turn(at, partner, cos, sin, scale, inside):
     low = tl.load(at, inside, other=0.0).to(tl.float32) * scale
-    high = tl.load(at + half, inside, other=0.0).to(tl.float32) * scale
+    high = tl.load(at + partner, inside, other=0.0).to(tl.float32) * scale
     tl.store(at, (low * cos - high * sin).to(at.dtype.element_ty), inside)
-    tl.store(at + half, (high * cos + low * sin).to(at.dtype.element_ty), inside)
+    tl.store(at + partner, (high * cos + low * sin).to(at.dtype.element_ty), inside)
 
 
 @triton.jit
 def _rotate_kernel(
-    qkv_at, cos_at, sin_at, heads, half, scale, BACKWARD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    qkv_at, cos_at, sin_at, heads, half, scale,
+    PAIRS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (head < heads) & (d < half)
@@ -162,19 +172,25 @@ def _rotate_kernel(
     sin = tl.load(sin_at + token * half + d, d < half, other=0.0)
     if BACKWARD:
         sin = -sin
-    query_at = qkv_at + (token * heads + head) * 6 * half + d  # a head's row: query, key, value, of 2 halves each
-    _turn(query_at, half, cos, sin, scale, inside)
-    _turn(query_at + 2 * half, half, cos, sin, 1.0, inside)
+    query_at = qkv_at + (token * heads + head) * 6 * half  # a head's row: query, key, value, of 2 halves each
+    if PAIRS:
+        query_at += 2 * d
+        partner = 1
+    else:
+        query_at += d
+        partner = half
+    _turn(query_at, partner, cos, sin, scale, inside)
+    _turn(query_at + 2 * half, partner, cos, sin, 1.0, inside)
 
 
-def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float, backward: bool = False) -> None:
+def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float, pairs: bool, backward: bool = False) -> None:
     """Turn queries (times `scale`) and keys of qkv [T, H, 3, D] by their angles; `backward`: turn their gradients."""
     tokens, heads, _, _ = qkv.shape
     half = cos.shape[1]
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(half)
     _rotate_kernel[(tokens,)](
         qkv, cos, sin, heads, half, scale,
-        BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=_warps(block_h * block_d),
+        PAIRS=pairs, BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=_warps(block_h * block_d),
     )  # fmt: skip
 
 
@@ -260,4 +276,77 @@ def gelu_quantised(x: Tensor, quantizer: Any) -> Tensor:
     """As `gelu`, as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     _launch_gelu(x, data, (quantizer.scale, quantizer.amax))
+    return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
+
+
+@triton.jit
+def _swiglu_kernel(x_at, out_at, scale_at, amax_at, width, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(x_at + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
+    value = tl.load(x_at + row * 2 * width + width + columns, inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * value
+    if QUANTISE:
+        _store_fp8(out_at + row * width + columns, out, inside, scale_at, amax_at)
+    else:
+        tl.store(out_at + row * width + columns, out.to(out_at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _swiglu_backward_kernel(x_at, grad_at, out_at, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    at = row * 2 * width + columns
+    gate = tl.load(x_at + at, inside, other=0.0).to(tl.float32)
+    value = tl.load(x_at + at + width, inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_at + row * width + columns, inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(out_at + at, (grad * value * (sigmoid + silu * (1.0 - sigmoid))).to(out_at.dtype.element_ty), inside)
+    tl.store(out_at + at + width, (grad * silu).to(out_at.dtype.element_ty), inside)
+
+
+def _swiglu_grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
+    block = min(triton.next_power_of_2(width), 2048)
+    return (rows, triton.cdiv(width, block)), block
+
+
+def _launch_swiglu(x: Tensor, out: Tensor, fp8: Any) -> None:
+    """fp8: (scale, amax), or None."""
+    scale, amax = fp8 or (x, x)  # a pointer that the kernel will not touch
+    grid, block = _swiglu_grid(*out.shape)
+    _swiglu_kernel[grid](
+        x, out, scale, amax, out.shape[1], QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block)
+    )
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty(len(x), x.shape[1] // 2, dtype=x.dtype, device=x.device)
+        _launch_swiglu(x, out, None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        grid, block = _swiglu_grid(*grad.shape)
+        _swiglu_backward_kernel[grid](x, grad.contiguous(), out, grad.shape[1], BLOCK=block, num_warps=_warps(block))
+        return out
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [T, 2F], gate first -> silu(gate) * value [T, F]."""
+    return _SwiGLU.apply(x)
+
+
+def swiglu_quantised(x: Tensor, quantizer: Any) -> Tensor:
+    """As `swiglu`, as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    data = torch.empty(len(x), x.shape[1] // 2, dtype=torch.float8_e4m3fn, device=x.device)
+    _launch_swiglu(x, data, (quantizer.scale, quantizer.amax))
     return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .engine import Layers
 from .layers_torch import RotaryAttention as TorchRotaryAttention
+from .layers_torch import activate
 from .packing import Packing
 
 try:
@@ -21,7 +22,9 @@ except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
 from .attention_te import cudnn_can_attend, rotary_attention
-from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised
+from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, swiglu, swiglu_quantised
+
+KERNELS = {"gelu": (gelu, gelu_quantised), "swiglu": (swiglu, swiglu_quantised)}  # one pass over memory each
 
 
 def _placement() -> dict[str, Any]:
@@ -38,6 +41,13 @@ class _PlainState:
 
 class LayerNorm(_PlainState, te.LayerNorm):
     """Layer norm over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__(hidden_size, eps=eps, **_placement())
+
+
+class RMSNorm(_PlainState, te.RMSNorm):
+    """RMS norm over the last dimension."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__(hidden_size, eps=eps, **_placement())
@@ -66,17 +76,17 @@ class Linear(_PlainState, te.Linear):
 
 
 class LayerNormLinear(Linear):
-    """Residual sum, layer norm and a linear layer. The parameters are those of TE's LayerNormLinear.
+    """Residual sum, layer norm (or RMS norm) and a linear layer. The parameters are those of TE's LayerNormLinear.
 
     Sum, norm and quantisation are one kernel of ours: TE's module would norm alone, at a quarter of the memory's speed
     for a hidden size of 1280 (docs/performance.md).
     """
 
-    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
+    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False):
         super().__init__(in_features, out_features, bias=bias)
         self.eps = eps
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
-        self.layer_norm_bias = nn.Parameter(torch.zeros(in_features))
+        self.layer_norm_bias = None if rms_norm else nn.Parameter(torch.zeros(in_features))
 
     def forward(  # type: ignore[override]
         self, x: Tensor, delta: Tensor | None = None
@@ -99,10 +109,12 @@ class ActivationLinear(Linear):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "gelu_tanh":
-            return super().forward(F.gelu(x, approximate="tanh"))
+        """x [T, in], or [T, 2 * in] for a gated activation -> [T, out]."""
+        if self.activation not in KERNELS:
+            return super().forward(activate(x, self.activation))
+        plain, quantised = KERNELS[self.activation]
         quantizer = self.delayed_quantizer()
-        return super().forward(gelu(x) if quantizer is None else gelu_quantised(x, quantizer))
+        return super().forward(plain(x) if quantizer is None else quantised(x, quantizer))
 
 
 class RotaryAttention(TorchRotaryAttention):
@@ -113,11 +125,12 @@ class RotaryAttention(TorchRotaryAttention):
         heads = qkv.view(-1, self.num_heads, 3, self.head_dim)
         if not cudnn_can_attend(heads):
             return super().forward(qkv, rotary, packing)
-        return rotary_attention(heads, rotary, packing, self.dropout if self.training else 0.0).flatten(1)
+        dropout = self.dropout if self.training else 0.0
+        return rotary_attention(heads, rotary, packing, dropout, self.rope_pairs).flatten(1)
 
 
 def _quantised() -> bool:
     return FP8GlobalStateManager.is_fp8_enabled()
 
 
-te_layers = Layers(LayerNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)
+te_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)

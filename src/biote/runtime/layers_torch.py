@@ -10,20 +10,21 @@ from torch.nn.attention.varlen import varlen_attn
 
 from .engine import Layers
 from .packing import Packing
-from .rope import rotate_half
+from .rope import rotate_half, rotate_pairs
 
 LayerNorm = nn.LayerNorm
+RMSNorm = nn.RMSNorm
 Linear = nn.Linear
 
 
 class LayerNormLinear(nn.Module):
-    """Residual sum, layer norm and a linear layer, in one module, as TransformerEngine fuses them."""
+    """Residual sum, layer norm (or RMS norm) and a linear layer, in one module, as TransformerEngine fuses them."""
 
-    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True):
+    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False):
         super().__init__()
         self.eps = eps
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
-        self.layer_norm_bias = nn.Parameter(torch.zeros(in_features))
+        self.layer_norm_bias = None if rms_norm else nn.Parameter(torch.zeros(in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         nn.init.normal_(self.weight, std=0.02)
@@ -31,8 +32,21 @@ class LayerNormLinear(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
         x = x if delta is None else x + delta
-        norm = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        if self.layer_norm_bias is None:
+            norm = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+        else:
+            norm = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
         return x, F.linear(norm, self.weight, self.bias)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """x [T, F] -> [T, F]; for "swiglu" x [T, 2F], gate first -> [T, F]."""
+    if activation == "swiglu":
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class ActivationLinear(nn.Linear):
@@ -40,23 +54,25 @@ class ActivationLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, activation: str, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
-        self.approximate = "tanh" if activation == "gelu_tanh" else "none"
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.gelu(x, approximate=self.approximate))
+        """x [T, in], or [T, 2 * in] for a gated activation -> [T, out]."""
+        return super().forward(activate(x, self.activation))
 
 
 class RotaryAttention(nn.Module):
     """Rotation of queries and keys to their positions, then softmax attention within each packed sequence."""
 
-    def __init__(self, num_heads: int, head_dim: int, dropout: float):
+    def __init__(self, num_heads: int, head_dim: int, dropout: float, rope_pairs: bool = False):
         super().__init__()
-        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
+        self.num_heads, self.head_dim, self.dropout, self.rope_pairs = num_heads, head_dim, dropout, rope_pairs
 
     def queries_keys_values(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, H * 3 * D], rows [head, (q, k, v), D] -> 3 x [T, H, D]; queries times D^-0.5, both turned."""
         q, k, v = qkv.view(-1, self.num_heads, 3, self.head_dim).unbind(2)
-        return rotate_half(q, *rotary, scale=self.head_dim**-0.5), rotate_half(k, *rotary), v
+        rotate = rotate_pairs if self.rope_pairs else rotate_half
+        return rotate(q, *rotary, scale=self.head_dim**-0.5), rotate(k, *rotary), v
 
     def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         """qkv [T, H * 3 * D] -> [T, H * D]."""
@@ -81,4 +97,4 @@ class RotaryAttention(nn.Module):
         return torch.cat(pieces).flatten(1)
 
 
-torch_layers = Layers(LayerNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)
+torch_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)

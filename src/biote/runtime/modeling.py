@@ -35,7 +35,9 @@ class EncoderConfig(PreTrainedConfig):
     """Fields that every port's configuration has.
 
     engine: "te" (TransformerEngine), "torch" (plain PyTorch) or "auto" (te where it can run).
-    hidden_act: "gelu" is the exact erf form; "gelu_tanh" its tanh approximation, asked for by name.
+    hidden_act: "gelu" is the exact erf form; "gelu_tanh" its tanh approximation, asked for by name; "relu"; "swiglu".
+    rms_norm: RMS norms instead of layer norms. attention_bias, mlp_bias: biases of the blocks' linear layers.
+    rope_pairs: rotary positions turn dimensions 2i and 2i + 1 together instead of i and i + D/2.
     layer_precision: "bf16" (the model's dtype), "fp8", "mxfp8" or "nvfp4": one word for all layers, or a list.
     fp8_recipe: "delayed", "current" or "block" scaling, for layers in "fp8".
     quantized_weights: hold the weights of quantised layers quantised only, for inference in half the memory; such a
@@ -49,6 +51,10 @@ class EncoderConfig(PreTrainedConfig):
     num_attention_heads: int = 20
     intermediate_size: int = 1280
     hidden_act: str = "gelu"
+    rms_norm: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    rope_pairs: bool = False
     layer_norm_eps: float = 1e-5
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
@@ -73,6 +79,11 @@ class EncoderConfig(PreTrainedConfig):
         if self.quantized_weights and set(precisions) == {"bf16"}:
             raise ValueError('quantized_weights needs layers of a layer_precision other than "bf16"')
         super().__post_init__(**kwargs)
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Features between the two linear layers of a feed-forward block."""
+        return self.intermediate_size
 
 
 @dataclass
@@ -187,6 +198,7 @@ class EncoderModel(BiotePreTrainedModel):
     """Embeddings, blocks and final norm over packed tokens. A port adds `embeddings` and whatever else it has."""
 
     embeddings: nn.Module  # called with (input_ids [T] or None, inputs_embeds [T, N] or None, packing) -> [T, N]
+    max_positions: int | None = None  # longer sequences are refused, as the original cannot run them
 
     def __init__(self, config: EncoderConfig, rope_base: float):
         super().__init__(config)
@@ -199,7 +211,8 @@ class EncoderModel(BiotePreTrainedModel):
         for precision in precisions:
             with weights_of(precision, config):
                 self.layers.append(TransformerBlock(config, layers))
-        self.final_norm = layers.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = layers.RMSNorm if config.rms_norm else layers.LayerNorm
+        self.final_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.precision_runs = runs_of(precisions, config.fp8_recipe)
         self.token_multiple = 1 if set(precisions) <= {"bf16"} else TOKEN_MULTIPLE
         self.graphed = GraphedEncoder(lambda ids, packing: self._run(self.embeddings(ids, None, packing), packing)[0])
@@ -225,7 +238,8 @@ class EncoderModel(BiotePreTrainedModel):
             inputs, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
         )
         tokens = packing.pack(inputs)
-        self._check_engine(self.final_norm.weight)
+        self._check_positions(packing, position_ids)
+        self._check_engine(next(self.layers.parameters()))
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if input_ids is not None:
@@ -252,20 +266,30 @@ class EncoderModel(BiotePreTrainedModel):
             x = F.pad(x, (0, 0, 0, surplus))
             rotary = (F.pad(rotary[0], (0, 0, 0, surplus)), F.pad(rotary[1], (0, 0, 0, surplus)))
         delta: Tensor | None = None
-        states, attentions = [], []
+        states: list[Tensor] = []  # the stream before each block and after the last
+        attentions = []
         for run, precision in self.precision_runs:
             with precision():
                 for index in run:
                     layer: Any = self.layers[index]
                     if keep_states:
-                        states.append(packing.unpack((x if delta is None else x + delta)[:tokens]))
+                        states.append((x if delta is None else x + delta)[:tokens])
                     if keep_attentions:
                         attentions.append(layer.attention.probabilities(x, delta, packing, rotary))
                     x, delta = layer(x, delta, packing, rotary)
-        x = self.final_norm(x if delta is None else x + delta)[:tokens]
+        x = (x if delta is None else x + delta)[:tokens]
+        last = self.final_norm(x)
+        hidden_states = None
         if keep_states:
-            states.append(packing.unpack(x))
-        return x, packing, tuple(states) if keep_states else None, tuple(attentions) if keep_attentions else None
+            hidden_states = tuple(packing.unpack(state) for state in self.original_states([*states, x], last))
+        return last, packing, hidden_states, tuple(attentions) if keep_attentions else None
+
+    def original_states(self, states: list[Tensor], last: Tensor) -> list[Tensor]:
+        """What the original calls hidden_states, from the stream before each block and after the last, and its norm.
+
+        By default: the embeddings and each block's output, the last one after the final norm.
+        """
+        return [*states[:-1], last]
 
     def forward(
         self,
@@ -281,9 +305,9 @@ class EncoderModel(BiotePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple:
-        """Last hidden state [B, S, N] (or packed [1, T, N]); the arguments are those of `plan_packing`.
+        """Last hidden state [B, S, N] (or packed [1, T, N]), after the final norm; arguments as of `plan_packing`.
 
-        hidden_states: the embeddings, each block's output, the last one after the final norm.
+        hidden_states: see `original_states`.
         """
         encoded = self.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
@@ -295,6 +319,13 @@ class EncoderModel(BiotePreTrainedModel):
             attentions=encoded.attentions,
         )
         return _returned(output, self.config, return_dict)
+
+    def _check_positions(self, packing: Packing, position_ids: Tensor | None) -> None:
+        if self.max_positions is None:
+            return
+        needed = packing.max_seqlen if position_ids is None else int(packing.positions.max()) + 1
+        if needed > self.max_positions:
+            raise ValueError(f"a sequence needs {needed} positions, but this model has {self.max_positions}")
 
     def _check_token_ids(self, tokens: Tensor) -> None:
         low, high = (int(x) for x in torch.stack(tokens.aminmax()).tolist())
@@ -354,12 +385,17 @@ class MaskedLMModel(BiotePreTrainedModel):
 
 
 class TokenClassificationModel(BiotePreTrainedModel):
-    """Forward of a port's ...ForTokenClassification, which owns `model`, `dropout` and `classifier`."""
+    """A port's ...ForTokenClassification, which names its `encoder_class`: one linear layer over each token."""
 
-    model: EncoderModel
-    dropout: nn.Module
-    classifier: nn.Module
+    encoder_class: type[EncoderModel]
     _new_head = "classifier"
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        self.model: Any = self.encoder_class(config)  # type: ignore[call-arg]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
+        self.post_init()
 
     def forward(
         self,

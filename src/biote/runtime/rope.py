@@ -1,4 +1,4 @@
-"""Rotary position embedding, half convention: dimension i turns together with dimension i + D/2.
+"""Rotary position embedding, in two conventions: dimension i turns with i + D/2 (half), or 2i with 2i + 1 (pairs).
 
 Source: Su et al. 2021 (RoFormer).
 Shapes: T packed tokens, H heads, D head dim.
@@ -60,3 +60,12 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tens
         2, -1
     )  # a second cast, so that float64 gradients add up as the original's
     return torch.cat((low * cos - turned_high * sin, high * cos + turned_low * sin), -1).to(dtype)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:
+    """As `rotate_half` for interleaved pairs; float64 stays float64."""
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
+    dtype = x.dtype
+    x = x if dtype == torch.float64 else x.float()
+    even, odd = (x * scale).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(dtype)

@@ -139,13 +139,7 @@ class Esm2TEForTokenClassification(TokenClassificationModel):
     """The encoder with one linear layer over each residue."""
 
     config_class = Esm2TEConfig
-
-    def __init__(self, config: Esm2TEConfig):
-        super().__init__(config)
-        self.model = Esm2TEModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
-        self.post_init()
+    encoder_class = Esm2TEModel
 
 
 class ClassificationHead(nn.Module):
