@@ -19,11 +19,15 @@ TE = "te"  # the name of our own layout among a port's formats
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published original. `facts` are shown on the model card, by name."""
+    """A published original.
+
+    shape: fields of our configuration that differ from its defaults. facts: shown on the model card, by name.
+    """
 
     repo_id: str
     revision: str = "main"
     subfolder: str | None = None
+    shape: MappingABC[str, Any] = field(default_factory=dict)
     facts: MappingABC[str, str] = field(default_factory=dict)
 
 

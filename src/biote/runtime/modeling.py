@@ -7,7 +7,7 @@ shape of the input: [B, S, ...] for padded rows (zeros where there is no token),
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -44,6 +44,8 @@ class EncoderConfig(PreTrainedConfig):
         model is made by `model.with_quantized_weights()` and cannot be saved.
     cuda_graphs: replay recorded CUDA graphs in inference; what they cost and when they pay is in `cuda_graphs.py`.
     """
+
+    uniform_initializer: ClassVar[bool] = False  # new weights are drawn evenly within +-initializer_range
 
     vocab_size: int = 33
     hidden_size: int = 320
@@ -180,7 +182,10 @@ class BiotePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):
+        spread = self.config.initializer_range
+        if isinstance(module, nn.Embedding) and self.config.uniform_initializer:
+            init.uniform_(module.weight, -spread, spread)
+        elif isinstance(module, nn.Embedding):
             super()._init_weights(module)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, inverse_frequencies(module.head_dim, module.base))
@@ -190,8 +195,10 @@ class BiotePreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 elif parameter.dim() == 1:
                     init.ones_(parameter)
+                elif self.config.uniform_initializer:
+                    init.uniform_(parameter, -spread, spread)
                 else:
-                    init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+                    init.normal_(parameter, mean=0.0, std=spread)
 
 
 class EncoderModel(BiotePreTrainedModel):

@@ -220,10 +220,23 @@ NVIDIA_CLASSES = {
 }
 
 
-def _published(tag: str, parameters: str, cameo: str, casp14: str) -> Checkpoint:
+def _published(tag: str, layers: int, hidden: int, heads: int, parameters: str, cameo: str, casp14: str) -> Checkpoint:
+    shape = {
+        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    }  # fmt: skip
     facts = {"parameters": parameters, "CAMEO contact precision": cameo, "CASP14 contact precision": casp14}
-    return Checkpoint(f"facebook/{tag}", facts=facts)
+    return Checkpoint(f"facebook/{tag}", shape=shape, facts=facts)
 
+
+PUBLISHED: list[tuple[str, int, int, int, str, str, str]] = [  # tag, layers, hidden, heads, then facts
+    ("esm2_t6_8M_UR50D", 6, 320, 20, "7,512,353", "0.48", "0.37"),
+    ("esm2_t12_35M_UR50D", 12, 480, 20, "33,501,153", "0.56", "0.41"),
+    ("esm2_t30_150M_UR50D", 30, 640, 20, "148,139,553", "0.65", "0.49"),
+    ("esm2_t33_650M_UR50D", 33, 1280, 20, "651,042,593", "0.70", "0.51"),
+    ("esm2_t36_3B_UR50D", 36, 2560, 40, "2,839,004,193", "0.72", "0.52"),
+    ("esm2_t48_15B_UR50D", 48, 5120, 40, "15,129,098,273", "0.72", "0.55"),
+]
 
 PORT = ModelPort(
     name="esm2",
@@ -241,17 +254,7 @@ PORT = ModelPort(
         "hf": Format("esm", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf, load_hf),
         "nvidia": Format("nv_esm", NVIDIA_CLASSES, nvidia_mapping, read_nvidia_config, write_nvidia_config),
     },
-    tags={
-        tag: _published(tag, *facts)
-        for tag, *facts in [
-            ("esm2_t6_8M_UR50D", "7,512,353", "0.48", "0.37"),
-            ("esm2_t12_35M_UR50D", "33,501,153", "0.56", "0.41"),
-            ("esm2_t30_150M_UR50D", "148,139,553", "0.65", "0.49"),
-            ("esm2_t33_650M_UR50D", "651,042,593", "0.70", "0.51"),
-            ("esm2_t36_3B_UR50D", "2,839,004,193", "0.72", "0.52"),
-            ("esm2_t48_15B_UR50D", "15,129,098,273", "0.72", "0.55"),
-        ]
-    },
+    tags={published[0]: _published(*published) for published in PUBLISHED},
     build_tokenizer=build_tokenizer,
     example_inputs=("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLIEVQAPIL", "GSHMLE<mask>PQ"),
     directory=Path(__file__).parents[2],
