@@ -10,6 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from biote.convert import convert_model
+from biote.port import Checkpoint, ModelPort, find_tag
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
@@ -51,3 +56,22 @@ def git_commit() -> str:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def tagged(tag: str) -> tuple[ModelPort, Checkpoint]:
+    found = find_tag(tag)
+    if found is None:
+        raise SystemExit(f"{tag} is no tag of an installed port; see `biote list`")
+    return found
+
+
+def random_original(tag: str, folder: Path, seed: int) -> Path:
+    """Write an original masked LM of a published shape: random weights, frequencies (if stored) rounded to fp16."""
+    port, checkpoint = tagged(tag)
+    torch.manual_seed(seed)
+    model = port.classes["AutoModelForMaskedLM"](port.config_class(engine="torch", **checkpoint.shape))
+    frequencies = model.base_model.rotary.inv_freq
+    frequencies.copy_(frequencies.half())
+    convert_model(port, model, "hf", {}).save_pretrained(folder)
+    port.build_tokenizer().save_pretrained(folder)
+    return folder

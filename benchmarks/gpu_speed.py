@@ -1,7 +1,7 @@
 """Speed on one GPU, all sides in one run: the original, NVIDIA's recipe, both engines of biote. Random weights, bf16.
 
 "NVIDIA recipe" is a stack of te.TransformerLayer over packed tokens (THD) with TE's rotary embedding, as NVIDIA's
-ports of ESM-2 ship it. Every side ends in the masked-LM logits; training adds the loss and backward. Medians.
+ports ship it. Every side ends in the masked-LM logits; training adds the loss and backward. Medians.
 Shapes: T packed tokens, B proteins, S padded length, N hidden size.
 """
 
@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 import transformer_engine.pytorch as te
-from common import provenance, write_result
+from common import provenance, tagged, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_engine.common.recipe import DelayedScaling
-from transformers import EsmConfig, EsmForMaskedLM
 
-from esm2 import Esm2TEConfig, Esm2TEForMaskedLM
-from esm2.esm2_te import LMHead
+from biote.runtime.modeling import EncoderConfig
 
-SHAPES = {"8M": (6, 320, 20), "650M": (33, 1280, 20), "3B": (36, 2560, 40)}  # layers, hidden size, heads
+TAGS = {
+    "8M": "esm2_t6_8M_UR50D", "650M": "esm2_t33_650M_UR50D", "3B": "esm2_t36_3B_UR50D", "AMPLIFY 350M": "AMPLIFY_350M",
+}  # fmt: skip
+AUTO = "AutoModelForMaskedLM"
+COMPILED = ("650M",)
 PACKAGES = ("torch", "transformers", "biote", "transformer_engine")
 WARM_UPS, REPEATS, SECONDS = 3, 9, 0.8
 COMPILED_UP_TO = 12_000  # tokens; compiled sides pay where the host is the limit, and take long to build
@@ -63,33 +65,31 @@ class Batch:
         self.packed: dict[str, Any] = {"input_ids": ids[None].cuda(), "cu_seq_lens_q": bounds, "max_length_q": longest}
 
 
-def config_fields(model: str) -> dict[str, int]:
-    layers, hidden, heads = SHAPES[model]
-    return {
-        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "intermediate_size": 4 * hidden,
-    }  # fmt: skip
+def config_of(model: str, **fields: Any) -> EncoderConfig:
+    port, checkpoint = tagged(TAGS[model])
+    return port.config_class(**checkpoint.shape, **fields)
 
 
 def original(model: str, compiled: bool) -> Any:
-    config = EsmConfig(
-        vocab_size=33, pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", token_dropout=True,
-        emb_layer_norm_before=False, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        **config_fields(model),
-    )  # fmt: skip
+    form = tagged(TAGS[model])[0].formats["hf"]
+    assert form.build is not None
     with torch.device("cuda"):
-        hf = EsmForMaskedLM(config).to(torch.bfloat16)
+        hf = form.build(form.write_config(config_of(model, engine="torch"), AUTO), AUTO).to(torch.bfloat16)
     if compiled:
-        for layer in hf.esm.encoder.layer:
+        for layer in blocks_of(hf):
             layer.compile()
     return hf
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 4)
+
+
 def ours(model: str, engine: str, compiled: bool = False, **fields: Any) -> Any:
     with torch.device("cuda"):
-        built = Esm2TEForMaskedLM(Esm2TEConfig(engine=engine, **config_fields(model), **fields)).to(torch.bfloat16)
+        built = tagged(TAGS[model])[0].classes[AUTO](config_of(model, engine=engine, **fields)).to(torch.bfloat16)
     if compiled:
-        for layer in built.model.layers:
+        for layer in built.base_model.layers:
             layer.compile()
     return built
 
@@ -99,19 +99,24 @@ class NvidiaRecipe(nn.Module):
 
     def __init__(self, model: str):
         super().__init__()
-        layers, hidden, heads = SHAPES[model]
+        config = config_of(model)
+        hidden, heads = config.hidden_size, config.num_attention_heads
         self.embeddings = nn.Embedding(64, hidden)
         self.layers = nn.ModuleList(
             te.TransformerLayer(
-                hidden, 4 * hidden, heads, hidden_dropout=0.0, attention_dropout=0.0, layernorm_epsilon=1e-5,
-                self_attn_mask_type="padding", attn_input_format="thd", activation="gelu", fuse_qkv_params=True,
+                hidden, config.feed_forward_width, heads, hidden_dropout=0.0, attention_dropout=0.0,
+                layernorm_epsilon=1e-5, self_attn_mask_type="padding", attn_input_format="thd",
+                activation=config.hidden_act, bias=config.mlp_bias, rotary_pos_interleaved=config.rope_pairs,
+                normalization="RMSNorm" if config.rms_norm else "LayerNorm", fuse_qkv_params=True,
                 qkv_weight_interleaved=True, params_dtype=torch.bfloat16, layer_number=number + 1,
             )
-            for number in range(layers)
+            for number in range(config.num_hidden_layers)
         )  # fmt: skip
-        self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads)
-        self.final_norm = te.LayerNorm(hidden)
-        self.head = LMHead(Esm2TEConfig(**config_fields(model)))
+        self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads, interleaved=config.rope_pairs)
+        self.final_norm = (te.RMSNorm if config.rms_norm else te.LayerNorm)(hidden)
+        small = {**tagged(TAGS[model])[1].shape, "num_hidden_layers": 1, "engine": "torch"}
+        port = tagged(TAGS[model])[0]
+        self.head = port.classes[AUTO](port.config_class(**small)).lm_head
 
     def forward(self, input_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int) -> Tensor:
         x = self.embeddings(input_ids[0])
@@ -176,7 +181,7 @@ def sides(model: str, batch: Batch, training: bool) -> dict[str, Callable[[], St
         named["te engine, fp8, graph"] = lambda: biote("te", cuda_graphs=True, layer_precision="fp8")
     if batch.tokens % 16:
         named.pop("NVIDIA recipe, fp8")
-    if batch.tokens > COMPILED_UP_TO or model != "650M":
+    if batch.tokens > COMPILED_UP_TO or model not in COMPILED:
         named = {name: build for name, build in named.items() if "compiled" not in name}
     return named
 
@@ -219,17 +224,17 @@ def ceilings() -> dict[str, float]:
 def floor_ms(model: str, batch: Batch, rates: dict[str, float]) -> float:
     """No forward pass is much faster: products and attention at the product's rate, and the least bytes of the rest.
 
-    Least bytes a token and layer: two norms, rotation of queries and keys, GELU, each reading and writing once.
+    Least bytes a token and layer: two norms, rotation of queries and keys, activation, each reading and writing once.
     """
-    layers, hidden, _ = SHAPES[model]
-    products = 2 * 12 * hidden**2 * batch.tokens
+    config = config_of(model)
+    hidden, width = config.hidden_size, config.feed_forward_width
+    up = 2 * width if config.hidden_act == "swiglu" else width
+    weights = 4 * hidden**2 + (up + width) * hidden
+    products = 2 * weights * batch.tokens
     attention = sum(4 * length**2 * hidden for length in batch.lengths)
-    least_bytes = 2 * hidden * batch.tokens * (2 * 2 + 2 * 2 + 2 * 4)
-    weights = 2 * 12 * hidden**2
-    seconds = (products + attention) / rates["bf16_tflops"] / 1e12 + (least_bytes + weights) / rates[
-        "copy_tb_s"
-    ] / 1e12
-    return 1e3 * layers * seconds
+    least_bytes = 2 * batch.tokens * (8 * hidden + up + width) + 2 * weights
+    seconds = (products + attention) / rates["bf16_tflops"] / 1e12 + least_bytes / rates["copy_tb_s"] / 1e12
+    return 1e3 * config.num_hidden_layers * seconds
 
 
 def rows(model: str, tokens: int, training: bool, wanted: list[str], rates: dict[str, float]) -> Iterator[dict]:
@@ -258,6 +263,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[
         "650M:300:forward", "650M:10000:forward", "650M:43000:forward", "3B:16000:forward",
         "650M:10000:training", "650M:43000:training", "8M:300:forward",
+        "AMPLIFY 350M:300:forward", "AMPLIFY 350M:10000:forward", "AMPLIFY 350M:43000:forward",
+        "AMPLIFY 350M:10000:training", "AMPLIFY 350M:43000:training",
     ])  # fmt: skip
     parser.add_argument("--sides", nargs="*", default=[], help="only these")
     parser.add_argument("--output", type=Path, required=True, help="the .json file")

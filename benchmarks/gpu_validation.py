@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, provenance, write_result
+from common import HERE, provenance, random_original, tagged, write_result
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 sys.path.append(str(HERE.parent / "examples"))
-from demo import PROTEINS, build_original, read_fasta
+from demo import PROTEINS, SEED, read_fasta
 
 from biote.export import export
 from biote.runtime.precision import FP8_RECIPES
 from biote.runtime.verify import DTYPES, NOISE_FACTOR, outputs_of, relative_l2
-from esm2.convert import load_hf
 
 FP8_BOUND = 0.2  # relative L2; three bits of mantissa in every product
 PACKAGES = ("torch", "transformers", "biote", "transformer_engine")
@@ -30,16 +29,19 @@ PACKAGES = ("torch", "transformers", "biote", "transformer_engine")
 
 def rows(tag: str, dtypes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     """Export a random original of the tag's shape, then compare every engine and dtype with it."""
-    original = build_original(tag, folder / "original")
+    original = random_original(tag, folder / "original", SEED)
+    load = tagged(tag)[0].formats["hf"].load
+    assert load is not None
     export(str(original), folder / "exported")
     batch = AutoTokenizer.from_pretrained(folder / "exported")(
         list(read_fasta(PROTEINS).values()), padding=True, return_tensors="pt"
     )
     inputs = (batch["input_ids"].cuda(), batch["attention_mask"].cuda())
-    reference = _run(load_hf(original, "AutoModelForMaskedLM", torch.float64), inputs)
-    yield from _fp8_rows(tag, folder, inputs, reference, original)
+    reference = _run(load(original, "AutoModelForMaskedLM", torch.float64), inputs)
+    in_bf16 = _run(load(original, "AutoModelForMaskedLM", torch.bfloat16), inputs)
+    yield from _fp8_rows(tag, folder, inputs, reference, in_bf16)
     for name in dtypes:
-        theirs = _run(load_hf(original, "AutoModelForMaskedLM", DTYPES[name]), inputs)
+        theirs = _run(load(original, "AutoModelForMaskedLM", DTYPES[name]), inputs)
         for engine in ("torch", "te"):
             model = AutoModelForMaskedLM.from_pretrained(
                 folder / "exported", trust_remote_code=True, engine=engine, dtype=DTYPES[name]
@@ -55,10 +57,9 @@ def rows(tag: str, dtypes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _fp8_rows(
-    tag: str, folder: Path, inputs: tuple[torch.Tensor, torch.Tensor], reference: dict, original: Path
+    tag: str, folder: Path, inputs: tuple[torch.Tensor, torch.Tensor], reference: dict, theirs: dict
 ) -> Iterator[dict[str, Any]]:
     """Every fp8 recipe: error of the logits, and how far the masked-LM loss moves, beside the original's in bf16."""
-    theirs = _run(load_hf(original, "AutoModelForMaskedLM", torch.bfloat16), inputs)
     for recipe in FP8_RECIPES:
         model = AutoModelForMaskedLM.from_pretrained(
             folder / "exported", trust_remote_code=True, engine="te", dtype=torch.bfloat16,
@@ -103,7 +104,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D"])
+    parser.add_argument("--models", nargs="+", default=["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "AMPLIFY_120M"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--output", type=Path, required=True, help="folder for the .json and the .md")
     arguments = parser.parse_args()
@@ -115,12 +116,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results += list(rows(tag, arguments.dtypes, Path(folder)))
     device = torch.cuda.get_device_name()
-    name = device.lower().replace(" ", "-")
-    record = {**provenance(PACKAGES), "device": device, "noise_factor": NOISE_FACTOR, "rows": results}
-    write_result(arguments.output / f"{name}.json", record)
-    (arguments.output / f"{name}.md").write_text(table(results), encoding="utf-8")
+    file = arguments.output / f"{device.lower().replace(' ', '-')}.json"
+    earlier = json.loads(file.read_text()) if file.is_file() else {"runs": [], "rows": []}
+    run = {**provenance(PACKAGES), "device": device, "models": arguments.models}
+    record = {  # other models' rows stay
+        "noise_factor": NOISE_FACTOR,
+        "runs": [old for old in earlier["runs"] if not set(old["models"]) <= set(arguments.models)] + [run],
+        "rows": [row for row in earlier["rows"] if row["model"] not in arguments.models] + results,
+    }
+    write_result(file, record)
+    file.with_suffix(".md").write_text(table(record["rows"]), encoding="utf-8")
     print(table(results))
-    print(json.dumps({key: value for key, value in record.items() if key != "rows"}))
 
 
 if __name__ == "__main__":
