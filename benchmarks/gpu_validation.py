@@ -20,6 +20,7 @@ sys.path.append(str(HERE.parent / "examples"))
 from demo import PROTEINS, SEED, read_fasta
 
 from biote.export import export
+from biote.runtime.engine import why_not_te
 from biote.runtime.precision import FP8_RECIPES
 from biote.runtime.verify import DTYPES, NOISE_FACTOR, outputs_of, relative_l2
 
@@ -111,6 +112,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = False
+    why_not_te()  # imports TransformerEngine first: after torch has loaded its own cuDNN, a second copy may clash
     results = []
     for tag in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
