@@ -153,11 +153,25 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _turn(at, partner, cos, sin, scale, inside):
-    low = tl.load(at, inside, other=0.0).to(tl.float32) * scale
-    high = tl.load(at + partner, inside, other=0.0).to(tl.float32) * scale
-    tl.store(at, (low * cos - high * sin).to(at.dtype.element_ty), inside)
-    tl.store(at + partner, (high * cos + low * sin).to(at.dtype.element_ty), inside)
+def _turn_halves(at, head, heads, half, cos, sin, scale, BLOCK_D: tl.constexpr):
+    """Dimensions i and i + half of each head at `at`, [BLOCK_H, 1], turn together."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < heads) & (d < half)
+    low = tl.load(at + d, inside, other=0.0).to(tl.float32) * scale
+    high = tl.load(at + half + d, inside, other=0.0).to(tl.float32) * scale
+    tl.store(at + d, (low * cos - high * sin).to(at.dtype.element_ty), inside)
+    tl.store(at + half + d, (high * cos + low * sin).to(at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _turn_pairs(at, head, heads, half, cos, sin, scale, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Dimensions 2i and 2i + 1 turn together; read whole and split, so that memory is read in wide words."""
+    d = tl.arange(0, 2 * BLOCK_D)[None, :]
+    inside = (head < heads) & (d < 2 * half)
+    x = tl.load(at + d, inside, other=0.0).to(tl.float32) * scale
+    even, odd = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_D, 2)))
+    turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
+    tl.store(at + d, tl.reshape(turned, (BLOCK_H, 2 * BLOCK_D)).to(at.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -167,20 +181,18 @@ def _rotate_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < heads) & (d < half)
     cos = tl.load(cos_at + token * half + d, d < half, other=0.0)
     sin = tl.load(sin_at + token * half + d, d < half, other=0.0)
     if BACKWARD:
         sin = -sin
     query_at = qkv_at + (token * heads + head) * 6 * half  # a head's row: query, key, value, of 2 halves each
+    key_at = query_at + 2 * half
     if PAIRS:
-        query_at += 2 * d
-        partner = 1
+        _turn_pairs(query_at, head, heads, half, cos, sin, scale, BLOCK_H, BLOCK_D)
+        _turn_pairs(key_at, head, heads, half, cos, sin, 1.0, BLOCK_H, BLOCK_D)
     else:
-        query_at += d
-        partner = half
-    _turn(query_at, partner, cos, sin, scale, inside)
-    _turn(query_at + 2 * half, partner, cos, sin, 1.0, inside)
+        _turn_halves(query_at, head, heads, half, cos, sin, scale, BLOCK_D)
+        _turn_halves(key_at, head, heads, half, cos, sin, 1.0, BLOCK_D)
 
 
 def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float, pairs: bool, backward: bool = False) -> None:
@@ -279,6 +291,9 @@ def gelu_quantised(x: Tensor, quantizer: Any) -> Tensor:
     return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
 
 
+SWIGLU_BLOCK = 512  # columns of one program: little of it lies idle for any width
+
+
 @triton.jit
 def _swiglu_kernel(x_at, out_at, scale_at, amax_at, width, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -308,17 +323,12 @@ def _swiglu_backward_kernel(x_at, grad_at, out_at, width, BLOCK: tl.constexpr):
     tl.store(out_at + at + width, (grad * silu).to(out_at.dtype.element_ty), inside)
 
 
-def _swiglu_grid(rows: int, width: int) -> tuple[tuple[int, int], int]:
-    block = min(triton.next_power_of_2(width), 2048)
-    return (rows, triton.cdiv(width, block)), block
-
-
 def _launch_swiglu(x: Tensor, out: Tensor, fp8: Any) -> None:
     """fp8: (scale, amax), or None."""
     scale, amax = fp8 or (x, x)  # a pointer that the kernel will not touch
-    grid, block = _swiglu_grid(*out.shape)
-    _swiglu_kernel[grid](
-        x, out, scale, amax, out.shape[1], QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block)
+    rows, width = out.shape
+    _swiglu_kernel[(rows, triton.cdiv(width, SWIGLU_BLOCK))](
+        x, out, scale, amax, width, QUANTISE=fp8 is not None, BLOCK=SWIGLU_BLOCK, num_warps=2
     )
 
 
@@ -335,8 +345,10 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        grid, block = _swiglu_grid(*grad.shape)
-        _swiglu_backward_kernel[grid](x, grad.contiguous(), out, grad.shape[1], BLOCK=block, num_warps=_warps(block))
+        rows, width = grad.shape
+        _swiglu_backward_kernel[(rows, triton.cdiv(width, SWIGLU_BLOCK))](
+            x, grad.contiguous(), out, width, BLOCK=SWIGLU_BLOCK, num_warps=2
+        )
         return out
 
 
