@@ -35,6 +35,25 @@ def noise_rows(request: pytest.FixtureRequest) -> Iterator[list[dict]]:
         versions = {name: version(name) for name in ("torch", "transformers", "biote")}
         record = {"device": torch.cuda.get_device_name(), "versions": versions, "rows": rows}
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(noise_table(rows), encoding="utf-8")
+
+
+def noise_table(rows: list[dict]) -> str:
+    """The rows as Markdown: our error over the original's, by quantity."""
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    lines = [
+        "| port | class | engine | dtype | " + " | ".join(quantities) + " |",
+        "|---" * (4 + len(quantities)) + "|",
+    ]
+    cases: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        case = tuple(row[key] for key in ("port", "class", "engine", "dtype"))
+        ratio = f" ({row['error'] / row['error_of_original']:.2f} x)" if row["dtype"] != "float64" else ""
+        cases.setdefault(case, {})[row["quantity"]] = f"{row['error']:.1e}{ratio}"
+    lines += [
+        "| " + " | ".join([*case, *(found.get(q, "") for q in quantities)]) + " |" for case, found in cases.items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def pytest_configure(config: pytest.Config) -> None:
