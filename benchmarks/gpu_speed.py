@@ -106,13 +106,13 @@ class NvidiaRecipe(nn.Module):
             te.TransformerLayer(
                 hidden, config.feed_forward_width, heads, hidden_dropout=0.0, attention_dropout=0.0,
                 layernorm_epsilon=1e-5, self_attn_mask_type="padding", attn_input_format="thd",
-                activation=config.hidden_act, bias=config.mlp_bias, rotary_pos_interleaved=config.rope_pairs,
+                activation=config.hidden_act, bias=config.mlp_bias, rotary_pos_interleaved=config.rope == "pairs",
                 normalization="RMSNorm" if config.rms_norm else "LayerNorm", fuse_qkv_params=True,
                 qkv_weight_interleaved=True, params_dtype=torch.bfloat16, layer_number=number + 1,
             )
             for number in range(config.num_hidden_layers)
         )  # fmt: skip
-        self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads, interleaved=config.rope_pairs)
+        self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads, interleaved=config.rope == "pairs")
         self.final_norm = (te.RMSNorm if config.rms_norm else te.LayerNorm)(hidden)
         small = {**tagged(TAGS[model])[1].shape, "num_hidden_layers": 1, "engine": "torch"}
         port = tagged(TAGS[model])[0]

@@ -118,7 +118,7 @@ def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     vars(pytorch)["Float8Quantizer"] = object
     unused = ("add_norm_quantised", "gelu_quantised", "swiglu", "swiglu_quantised")
     vars(kernels).update({"add_norm": plain_add_norm, "gelu": F.gelu, **dict.fromkeys(unused)})
-    vars(attention).update(cudnn_can_attend=lambda qkv: False, rotary_attention=None)
+    vars(attention).update(cudnn_can_attend=lambda qkv: False, cudnn_attention=None)
     for module in (package, pytorch, quantization, kernels, attention):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(engine, "why_not_te", lambda: None)

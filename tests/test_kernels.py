@@ -82,7 +82,7 @@ def test_rotation(dtype, pairs):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotary_attention(dtype, pairs):
-    from biote.runtime.attention_te import rotary_attention
+    from biote.runtime.attention_te import cudnn_attention
     from biote.runtime.packing import Packing
 
     lengths, surplus = [40, 1, 30], 6
@@ -91,7 +91,8 @@ def test_rotary_attention(dtype, pairs):
     rotary = RotaryEmbedding(D, 10000.0).cuda()(positions)
     qkv = (2 * randn(T, H, 3, D)).to("cuda", dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    found = rotary_attention(qkv * 1, rotary, Packing(bounds, 40, positions, (1, T), None), 0.0, pairs)
+    rope = "pairs" if pairs else "half"
+    found = cudnn_attention(qkv * 1, rotary, Packing(bounds, 40, positions, (1, T), None), 0.0, rope)
     pieces = []
     for piece in turned(exact, *rotary, D**-0.5, pairs)[: sum(lengths)].split(lengths):
         q, k, v = piece.unbind(2)

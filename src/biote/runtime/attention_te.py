@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kernels import rotate_in_place
 from .packing import Packing
+from .rope import Rotary
 
 try:
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
@@ -25,31 +26,32 @@ def cudnn_can_attend(qkv: Tensor) -> bool:
     return half_precision and size_fits and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
 
 
-def rotary_attention(
-    qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing, dropout: float, rope_pairs: bool
-) -> Tensor:
+def cudnn_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, dropout: float, rope: str) -> Tensor:
     """qkv [T, H, 3, D], which is overwritten -> attention within each sequence [T, H, D], zero past the last one.
 
-    rotary: cosines and sines, float32 [T, D/2]; rope_pairs: see `rope.py`. Scores are scaled by D^-0.5.
+    rotary and rope: as in `layers_torch.Attention`. Scores are scaled by D^-0.5.
     """
-    return _RotaryAttention.apply(qkv, *rotary, packing, dropout, rope_pairs)
+    cos, sin = (None, None) if rotary is None else rotary
+    return _Attention.apply(qkv, cos, sin, packing, dropout, rope)
 
 
-class _RotaryAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """Works in place on qkv, the output of a projection that nothing else reads, and on its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, packing: Packing, dropout: float, rope_pairs: bool
+        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, packing: Packing, dropout: float, rope: str
     ) -> Tensor:
-        rotate_in_place(qkv, cos, sin, qkv.shape[-1] ** -0.5, rope_pairs)
-        ctx.rope_pairs = rope_pairs
+        scale, ctx.rope = qkv.shape[-1] ** -0.5, rope
+        if cos is not None and sin is not None:
+            rotate_in_place(qkv, cos, sin, scale, rope == "pairs")
+            scale = 1.0  # the rotation has scaled the queries
         ctx.how = {
             "max_seqlen_q": packing.max_seqlen, "max_seqlen_kv": packing.max_seqlen,
             "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_kv": packing.cu_seqlens,
             "cu_seqlens_q_padded": packing.cu_seqlens, "cu_seqlens_kv_padded": packing.cu_seqlens,
             "fake_dtype": qkv.dtype, "fused_attention_backend": FusedAttnBackend["F16_arbitrary_seqlen"],
-            "attn_scale": 1.0, "dropout": dropout, "qkv_layout": "th3d", "o_format": "thd",
+            "attn_scale": scale, "dropout": dropout, "qkv_layout": "th3d", "o_format": "thd",
             "attn_mask_type": "padding",
         }  # fmt: skip
         q, k, v = qkv.unbind(2)
@@ -68,5 +70,6 @@ class _RotaryAttention(torch.autograd.Function):
             do_format="thd", dqkv_layout="th3d", **ctx.how,
         )  # fmt: skip
         grad = grad_q.as_strided(qkv.shape, qkv.stride())  # the three gradients lie together, as qkv does
-        rotate_in_place(grad, cos, sin, qkv.shape[-1] ** -0.5, ctx.rope_pairs, backward=True)
+        if cos is not None:
+            rotate_in_place(grad, cos, sin, qkv.shape[-1] ** -0.5, ctx.rope == "pairs", backward=True)
         return grad, None, None, None, None, None

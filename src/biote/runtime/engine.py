@@ -40,7 +40,7 @@ class Layers(NamedTuple):
     Linear: Any
     LayerNormLinear: Any
     ActivationLinear: Any
-    RotaryAttention: Any
+    Attention: Any
 
 
 def layers_of(engine: str) -> Layers:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .engine import Layers
-from .layers_torch import RotaryAttention as TorchRotaryAttention
+from .layers_torch import Attention as TorchAttention
 from .layers_torch import activate
 from .packing import Packing
+from .rope import Rotary
 
 try:
     import transformer_engine.pytorch as te
@@ -21,7 +22,7 @@ try:
 except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
-from .attention_te import cudnn_can_attend, rotary_attention
+from .attention_te import cudnn_attention, cudnn_can_attend
 from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, swiglu, swiglu_quantised
 
 KERNELS = {"gelu": (gelu, gelu_quantised), "swiglu": (swiglu, swiglu_quantised)}  # one pass over memory each
@@ -76,29 +77,33 @@ class Linear(_PlainState, te.Linear):
 
 
 class LayerNormLinear(Linear):
-    """Residual sum, layer norm (or RMS norm) and a linear layer. The parameters are those of TE's LayerNormLinear.
+    """As in `layers_torch`. The parameters are those of TE's LayerNormLinear.
 
     Sum, norm and quantisation are one kernel of ours: TE's module would norm alone, at a quarter of the memory's speed
     for a hidden size of 1280 (docs/performance.md).
     """
 
-    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False):
+    def __init__(
+        self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False,
+        return_norm: bool = False, norm_dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__(in_features, out_features, bias=bias)
-        self.eps = eps
+        self.eps, self.return_norm, self.norm_dropout = eps, return_norm, norm_dropout
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
         self.layer_norm_bias = None if rms_norm else nn.Parameter(torch.zeros(in_features))
 
     def forward(  # type: ignore[override]
         self, x: Tensor, delta: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
+        """x and delta [T, in] -> (x + delta, or its norm; the product of the norm [T, out])."""
         norm_weights = (self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        quantizer = self.delayed_quantizer()
-        if quantizer is None:
-            x, norm = add_norm(x, delta, *norm_weights)
-        else:
+        quantizer = None if self.return_norm else self.delayed_quantizer()
+        if quantizer is not None:
             x, norm = add_norm_quantised(x, delta, *norm_weights, quantizer)
-        return x, super().forward(norm)
+            return x, super().forward(norm)
+        x, norm = add_norm(x, delta, *norm_weights)
+        norm = F.dropout(norm, self.norm_dropout, self.training)
+        return norm if self.return_norm else x, super().forward(norm)
 
 
 class ActivationLinear(Linear):
@@ -117,20 +122,20 @@ class ActivationLinear(Linear):
         return super().forward(plain(x) if quantizer is None else quantised(x, quantizer))
 
 
-class RotaryAttention(TorchRotaryAttention):
+class Attention(TorchAttention):
     """Rotation of queries and keys, then attention: cuDNN's where it can, else as the torch engine."""
 
-    def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+    def forward(self, qkv: Tensor, rotary: Rotary | None, packing: Packing) -> Tensor:
         """qkv [T, H * 3 * D], which is overwritten -> [T, H * D], zero past the last sequence."""
         heads = qkv.view(-1, self.num_heads, 3, self.head_dim)
         if not cudnn_can_attend(heads):
             return super().forward(qkv, rotary, packing)
         dropout = self.dropout if self.training else 0.0
-        return rotary_attention(heads, rotary, packing, dropout, self.rope_pairs).flatten(1)
+        return cudnn_attention(heads, rotary, packing, dropout, self.rope).flatten(1)
 
 
 def _quantised() -> bool:
     return FP8GlobalStateManager.is_fp8_enabled()
 
 
-te_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)
+te_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, Attention)

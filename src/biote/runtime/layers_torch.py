@@ -10,7 +10,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from .engine import Layers
 from .packing import Packing
-from .rope import rotate_half, rotate_pairs
+from .rope import Rotary, rotate_half, rotate_pairs
 
 LayerNorm = nn.LayerNorm
 RMSNorm = nn.RMSNorm
@@ -18,11 +18,18 @@ Linear = nn.Linear
 
 
 class LayerNormLinear(nn.Module):
-    """Residual sum, layer norm (or RMS norm) and a linear layer, in one module, as TransformerEngine fuses them."""
+    """Residual sum, layer norm (or RMS norm) and a linear layer, in one module, as TransformerEngine fuses them.
 
-    def __init__(self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False):
+    return_norm: the residual stream goes on from the norm, as in post-norm models, instead of from the sum.
+    norm_dropout: probability of dropping a feature of the norm, for the stream and for the linear layer.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False,
+        return_norm: bool = False, norm_dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
-        self.eps = eps
+        self.eps, self.return_norm, self.norm_dropout = eps, return_norm, norm_dropout
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
         self.layer_norm_bias = None if rms_norm else nn.Parameter(torch.zeros(in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -30,13 +37,14 @@ class LayerNormLinear(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and delta [T, in] -> (x + delta, the product of its norm [T, out])."""
+        """x and delta [T, in] -> (x + delta, or its norm; the product of the norm [T, out])."""
         x = x if delta is None else x + delta
         if self.layer_norm_bias is None:
             norm = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
         else:
             norm = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        return x, F.linear(norm, self.weight, self.bias)
+        norm = F.dropout(norm, self.norm_dropout, self.training)
+        return norm if self.return_norm else x, F.linear(norm, self.weight, self.bias)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -61,20 +69,26 @@ class ActivationLinear(nn.Linear):
         return super().forward(activate(x, self.activation))
 
 
-class RotaryAttention(nn.Module):
-    """Rotation of queries and keys to their positions, then softmax attention within each packed sequence."""
+class Attention(nn.Module):
+    """Rotation of queries and keys to their positions, then softmax attention within each packed sequence.
 
-    def __init__(self, num_heads: int, head_dim: int, dropout: float, rope_pairs: bool = False):
+    rope: how positions turn queries and keys, see `rope.py`: "half", "pairs", or "none" where they do not.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, dropout: float, rope: str = "half"):
         super().__init__()
-        self.num_heads, self.head_dim, self.dropout, self.rope_pairs = num_heads, head_dim, dropout, rope_pairs
+        self.num_heads, self.head_dim, self.dropout, self.rope = num_heads, head_dim, dropout, rope
 
-    def queries_keys_values(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, H * 3 * D], rows [head, (q, k, v), D] -> 3 x [T, H, D]; queries times D^-0.5, both turned."""
         q, k, v = qkv.view(-1, self.num_heads, 3, self.head_dim).unbind(2)
-        rotate = rotate_pairs if self.rope_pairs else rotate_half
-        return rotate(q, *rotary, scale=self.head_dim**-0.5), rotate(k, *rotary), v
+        scale = self.head_dim**-0.5
+        if rotary is None:
+            return q * scale, k, v
+        rotate = rotate_pairs if self.rope == "pairs" else rotate_half
+        return rotate(q, *rotary, scale=scale), rotate(k, *rotary), v
 
-    def forward(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+    def forward(self, qkv: Tensor, rotary: Rotary | None, packing: Packing) -> Tensor:
         """qkv [T, H * 3 * D] -> [T, H * D]."""
         q, k, v = self.queries_keys_values(qkv, rotary)
         dropout = self.dropout if self.training else 0.0
@@ -97,4 +111,4 @@ class RotaryAttention(nn.Module):
         return torch.cat(pieces).flatten(1)
 
 
-torch_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, RotaryAttention)
+torch_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, Attention)

@@ -27,7 +27,7 @@ from .cuda_graphs import MAX_TOKENS, GraphedEncoder
 from .engine import ENGINES, layers_of, resolve_engine
 from .packing import Packing, plan_packing
 from .precision import FP8_RECIPES, TOKEN_MULTIPLE, layer_precisions, refuse_unsupported, runs_of, weights_of
-from .rope import RotaryEmbedding, inverse_frequencies
+from .rope import ROPES, RotaryEmbedding, inverse_frequencies
 
 
 @strict
@@ -37,7 +37,8 @@ class EncoderConfig(PreTrainedConfig):
     engine: "te" (TransformerEngine), "torch" (plain PyTorch) or "auto" (te where it can run).
     hidden_act: "gelu" is the exact erf form; "gelu_tanh" its tanh approximation, asked for by name; "relu"; "swiglu".
     rms_norm: RMS norms instead of layer norms. attention_bias, mlp_bias: biases of the blocks' linear layers.
-    rope_pairs: rotary positions turn dimensions 2i and 2i + 1 together instead of i and i + D/2.
+    rope: rotary positions turn dimension i with i + D/2 ("half") or 2i with 2i + 1 ("pairs"); "none" has no rotation.
+    post_norm: the blocks are a post-norm model's, shifted (see `block.py`).
     layer_precision: "bf16" (the model's dtype), "fp8", "mxfp8" or "nvfp4": one word for all layers, or a list.
     fp8_recipe: "delayed", "current" or "block" scaling, for layers in "fp8".
     quantized_weights: hold the weights of quantised layers quantised only, for inference in half the memory; such a
@@ -56,7 +57,8 @@ class EncoderConfig(PreTrainedConfig):
     rms_norm: bool = False
     attention_bias: bool = True
     mlp_bias: bool = True
-    rope_pairs: bool = False
+    rope: str = "half"
+    post_norm: bool = False
     layer_norm_eps: float = 1e-5
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
@@ -71,6 +73,8 @@ class EncoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r} is unknown; choose one of {', '.join(ENGINES)}")
+        if self.rope not in ROPES:
+            raise ValueError(f"rope={self.rope!r} is unknown; choose one of {', '.join(ROPES)}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -205,19 +209,22 @@ class EncoderModel(BiotePreTrainedModel):
     """Embeddings, blocks and final norm over packed tokens. A port adds `embeddings` and whatever else it has."""
 
     embeddings: nn.Module  # called with (input_ids [T] or None, inputs_embeds [T, N] or None, packing) -> [T, N]
+    has_token_types = False  # whether `embeddings` takes the types of the tokens, int [T], as a fourth argument
     max_positions: int | None = None  # longer sequences are refused, as the original cannot run them
 
-    def __init__(self, config: EncoderConfig, rope_base: float):
+    def __init__(self, config: EncoderConfig, rope_base: float | None = None):
         super().__init__(config)
         self.engine = resolve_engine(config.engine)
         layers = layers_of(self.engine)
-        self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, rope_base)
+        if rope_base is not None:
+            self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, rope_base)
         precisions = layer_precisions(config.layer_precision, config.num_hidden_layers)
         refuse_unsupported(precisions, config.fp8_recipe, self.engine)
         self.layers = nn.ModuleList()
-        for precision in precisions:
+        for index, precision in enumerate(precisions):
+            norm_dropout = config.hidden_dropout_prob if config.post_norm and index == 0 else 0.0
             with weights_of(precision, config):
-                self.layers.append(TransformerBlock(config, layers))
+                self.layers.append(TransformerBlock(config, layers, norm_dropout))
         norm = layers.RMSNorm if config.rms_norm else layers.LayerNorm
         self.final_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.precision_runs = runs_of(precisions, config.fp8_recipe)
@@ -230,6 +237,7 @@ class EncoderModel(BiotePreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        token_type_ids: Tensor | None,
         cu_seq_lens_q: Tensor | None,
         cu_seq_lens_k: Tensor | None,
         max_length_q: int | None,
@@ -251,11 +259,11 @@ class EncoderModel(BiotePreTrainedModel):
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if input_ids is not None:
             self._check_token_ids(tokens)
-            if self._can_replay(tokens) and not (keep_states or keep_attentions):
+            if self._can_replay(tokens) and not (keep_states or keep_attentions or token_type_ids is not None):
                 return Encoded(self.graphed(tokens, packing), packing, None, None)
-            x = self.embeddings(tokens, None, packing)
-        else:
-            x = self.embeddings(None, tokens, packing)
+        types = self._packed_token_types(token_type_ids, packing)
+        given = (tokens, None) if inputs_embeds is None else (None, tokens)
+        x = self.embeddings(*given, packing, *types)
         return Encoded(*self._run(x, packing, bool(keep_states), bool(keep_attentions)))
 
     def _can_replay(self, tokens: Tensor) -> bool:
@@ -267,11 +275,12 @@ class EncoderModel(BiotePreTrainedModel):
     ) -> tuple[Tensor, Packing, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """The blocks and the final norm over embeddings [T, N]."""
         tokens = len(x)
-        rotary = self.rotary(packing.positions)
+        rotary = None if self.config.rope == "none" else self.rotary(packing.positions)
         surplus = -tokens % self.token_multiple  # rows that quantised products want, past the last sequence
         if surplus:
             x = F.pad(x, (0, 0, 0, surplus))
-            rotary = (F.pad(rotary[0], (0, 0, 0, surplus)), F.pad(rotary[1], (0, 0, 0, surplus)))
+            if rotary is not None:
+                rotary = (F.pad(rotary[0], (0, 0, 0, surplus)), F.pad(rotary[1], (0, 0, 0, surplus)))
         delta: Tensor | None = None
         states: list[Tensor] = []  # the stream before each block and after the last
         attentions = []
@@ -304,6 +313,7 @@ class EncoderModel(BiotePreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
@@ -317,8 +327,8 @@ class EncoderModel(BiotePreTrainedModel):
         hidden_states: see `original_states`.
         """
         encoded = self.encode(
-            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
-            max_length_k, output_attentions, output_hidden_states,
+            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, cu_seq_lens_q, cu_seq_lens_k,
+            max_length_q, max_length_k, output_attentions, output_hidden_states,
         )  # fmt: skip
         output = BaseModelOutput(
             last_hidden_state=encoded.packing.unpack(encoded.last),
@@ -326,6 +336,13 @@ class EncoderModel(BiotePreTrainedModel):
             attentions=encoded.attentions,
         )
         return _returned(output, self.config, return_dict)
+
+    def _packed_token_types(self, token_type_ids: Tensor | None, packing: Packing) -> tuple[Tensor, ...]:
+        if token_type_ids is None:
+            return ()
+        if not self.has_token_types:
+            raise ValueError(f"{type(self).__name__} has no token types; leave token_type_ids out")
+        return (packing.pack(token_type_ids.expand(packing.shape)),)
 
     def _check_positions(self, packing: Packing, position_ids: Tensor | None) -> None:
         if self.max_positions is None:
@@ -367,6 +384,7 @@ class MaskedLMModel(BiotePreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -378,8 +396,8 @@ class MaskedLMModel(BiotePreTrainedModel):
     ) -> MaskedLMOutput | tuple:
         """Logits [B, S, V]; loss is the mean cross-entropy over real tokens whose label (int64 [B, S]) is not -100."""
         encoded = self.model.encode(
-            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
-            max_length_k, output_attentions, output_hidden_states,
+            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, cu_seq_lens_q, cu_seq_lens_k,
+            max_length_q, max_length_k, output_attentions, output_hidden_states,
         )  # fmt: skip
         logits = self.lm_head(encoded.last)  # [T, V]
         output = MaskedLMOutput(
@@ -399,7 +417,7 @@ class TokenClassificationModel(BiotePreTrainedModel):
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        self.model: Any = self.encoder_class(config)  # type: ignore[call-arg]
+        self.model: Any = self.encoder_class(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
@@ -410,6 +428,7 @@ class TokenClassificationModel(BiotePreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -421,8 +440,8 @@ class TokenClassificationModel(BiotePreTrainedModel):
     ) -> TokenClassifierOutput | tuple:
         """Logits [B, S, C]; loss is the mean cross-entropy over real tokens whose label (int64 [B, S]) is not -100."""
         encoded = self.model.encode(
-            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
-            max_length_k, output_attentions, output_hidden_states,
+            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, cu_seq_lens_q, cu_seq_lens_k,
+            max_length_q, max_length_k, output_attentions, output_hidden_states,
         )  # fmt: skip
         logits = self.classifier(self.dropout(encoded.last))  # [T, C]
         output = TokenClassifierOutput(
@@ -447,6 +466,7 @@ class SequenceClassificationModel(BiotePreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
@@ -461,8 +481,8 @@ class SequenceClassificationModel(BiotePreTrainedModel):
         labels: int64 [B] (classes), float [B, C] (several labels at once) or float [B] / [B, C] (regression).
         """
         encoded = self.model.encode(
-            input_ids, attention_mask, position_ids, inputs_embeds, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
-            max_length_k, output_attentions, output_hidden_states,
+            input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids, cu_seq_lens_q, cu_seq_lens_k,
+            max_length_q, max_length_k, output_attentions, output_hidden_states,
         )  # fmt: skip
         logits = self.classifier(encoded.last[encoded.packing.first_tokens])  # [B, C]
         output = SequenceClassifierOutput(

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+ROPES = ("half", "pairs", "none")
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token's angles, float32 [T, D/2]
+
 
 def inverse_frequencies(head_dim: int, base: float) -> Tensor:
     """base^(-2i/D) for i < D/2, float32 [D/2]."""
@@ -37,7 +40,7 @@ class RotaryEmbedding(nn.Module):
             self.inv_freq = exact.to(self.inv_freq.device)
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Rotary:
         """int [T] -> cosines and sines, float32 [T, D/2]."""
         angles = positions[:, None].float() * self.inv_freq.float()
         return angles.cos(), angles.sin()

@@ -39,7 +39,7 @@ class AmplifyTEConfig(EncoderConfig):
     rms_norm: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
-    rope_pairs: bool = True
+    rope: str = "pairs"
     pad_token_id: int | None = 0
     mask_token_id: int = 2
     bos_token_id: int | None = 3

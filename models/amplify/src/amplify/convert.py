@@ -125,8 +125,8 @@ def write_hf_config(config: AmplifyTEConfig, auto: str) -> Json:
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     if config.hidden_act not in names:
         raise ValueError(f"hidden_act={config.hidden_act!r} has no counterpart in the original, whose GELU is exact")
-    if not config.rope_pairs:
-        raise ValueError("rope_pairs=False has no counterpart in the original")
+    if config.rope != "pairs" or config.post_norm:
+        raise ValueError("the original turns pairs of dimensions (rope='pairs') and norms before its layers")
     if config.hidden_dropout_prob != config.attention_probs_dropout_prob:
         raise ValueError("the original has one dropout probability; hidden_ and attention_probs_dropout_prob differ")
     ours = config.to_dict()
