@@ -14,6 +14,7 @@ import torch
 
 from biote.convert import convert_model
 from biote.port import Checkpoint, ModelPort, find_tag
+from biote.runtime.rope import RotaryEmbedding
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -70,8 +71,10 @@ def random_original(tag: str, folder: Path, seed: int) -> Path:
     port, checkpoint = tagged(tag)
     torch.manual_seed(seed)
     model = port.classes["AutoModelForMaskedLM"](port.config_class(engine="torch", **checkpoint.shape))
-    frequencies = model.base_model.rotary.inv_freq
-    frequencies.copy_(frequencies.half())
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.inv_freq.copy_(module.inv_freq.half())
     convert_model(port, model, "hf", {}).save_pretrained(folder)
-    port.build_tokenizer().save_pretrained(folder)
+    if port.build_tokenizer is not None:
+        port.build_tokenizer().save_pretrained(folder)
     return folder

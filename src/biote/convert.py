@@ -194,7 +194,8 @@ def convert_into(
     if dtype:
         target_config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(target_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    port.build_tokenizer().save_pretrained(folder)
+    if port.build_tokenizer is not None:
+        port.build_tokenizer().save_pretrained(folder)
 
 
 def convert_model(port: ModelPort, model: PreTrainedModel, to: str, config_kwargs: Json) -> PreTrainedModel:

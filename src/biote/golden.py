@@ -24,14 +24,14 @@ def capture(port: ModelPort, original: Path, file: Path, provenance: Json) -> No
     class, versions and its own error at float32 and bfloat16 are added.
     """
     auto = identify(read_json(original / "config.json"), port.name)[2]
-    inputs = dict(port.build_tokenizer()(list(port.example_inputs), padding=True, return_tensors="pt"))
-    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    inputs = port.example_batch()
+    rows = (inputs["input_ids"], inputs["attention_mask"])
     load = port.formats["hf"].load
     assert load is not None, "the hf format always has an implementation"
-    reference = outputs_of(load(original, auto, torch.float64), **inputs)
+    reference = outputs_of(load(original, auto, torch.float64), *rows)
     noise: dict[str, dict[str, float]] = {}
     for name in NOISE_DTYPES:
-        outputs = outputs_of(load(original, auto, DTYPES[name]), **inputs)
+        outputs = outputs_of(load(original, auto, DTYPES[name]), *rows)
         noise[name] = {key: relative_l2(value, reference[key]) for key, value in outputs.items()}
     record: dict[str, Any] = {
         **provenance,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .mapping import Mapping
@@ -55,7 +57,8 @@ class Format:
 class ModelPort:
     """One model: its classes by Auto class, its foreign formats, its published checkpoints, its tokenizer.
 
-    example_inputs: token ids for golden values, as texts the tokenizer understands.
+    build_tokenizer: None where the model reads no text.
+    example_inputs: rows for golden values, as texts the tokenizer understands, or as token ids.
     directory: the model's folder in the repository, which holds model_readme.md and LICENSE.
     """
 
@@ -67,8 +70,8 @@ class ModelPort:
     classes: MappingABC[str, type[PreTrainedModel]]
     formats: MappingABC[str, Format]
     tags: MappingABC[str, Checkpoint]
-    build_tokenizer: Callable[[], PreTrainedTokenizerBase]
-    example_inputs: tuple[str, ...]
+    build_tokenizer: Callable[[], PreTrainedTokenizerBase] | None
+    example_inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
     directory: Path
 
     def architectures(self, format_name: str) -> MappingABC[str, str]:
@@ -79,6 +82,19 @@ class ModelPort:
 
     def model_type(self, format_name: str) -> str:
         return self.config_class.model_type if format_name == TE else self.formats[format_name].model_type
+
+    def example_batch(self) -> dict[str, Tensor]:
+        """example_inputs as input_ids and attention_mask, int64 [B, S], right-padded."""
+        if self.build_tokenizer is None:
+            rows = [torch.tensor(row) for row in self.example_inputs]
+            pad = self.config_class().pad_token_id or 0
+            masks = [torch.ones_like(row) for row in rows]
+            return {
+                "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
+                "attention_mask": pad_sequence(masks, batch_first=True),
+            }
+        batch = self.build_tokenizer()(list(self.example_inputs), padding=True, return_tensors="pt")
+        return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
     @property
     def format_names(self) -> list[str]:

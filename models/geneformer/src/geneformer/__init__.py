@@ -1,0 +1,34 @@
+"""Geneformer on TransformerEngine. Importing this package registers its classes with transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .convert import convert_hf_to_te, convert_te_to_hf
+from .geneformer_te import (
+    GeneformerTEConfig,
+    GeneformerTEForMaskedLM,
+    GeneformerTEForSequenceClassification,
+    GeneformerTEForTokenClassification,
+    GeneformerTEModel,
+)
+
+__all__ = [
+    "GeneformerTEConfig",
+    "GeneformerTEForMaskedLM",
+    "GeneformerTEForSequenceClassification",
+    "GeneformerTEForTokenClassification",
+    "GeneformerTEModel",
+    "convert_hf_to_te",
+    "convert_te_to_hf",
+]
+
+AutoConfig.register("geneformer_te", GeneformerTEConfig)
+AutoModel.register(GeneformerTEConfig, GeneformerTEModel)
+AutoModelForMaskedLM.register(GeneformerTEConfig, GeneformerTEForMaskedLM)
+AutoModelForTokenClassification.register(GeneformerTEConfig, GeneformerTEForTokenClassification)
+AutoModelForSequenceClassification.register(GeneformerTEConfig, GeneformerTEForSequenceClassification)

@@ -1,0 +1,156 @@
+"""Geneformer (Theodoris et al. 2023, Nature 618:616) on TransformerEngine or PyTorch layers.
+
+Reproduces `transformers`' BertModel family as Geneformer's checkpoints use it: a post-norm encoder over genes ranked
+by expression, absolute positions, token types, ReLU. Any BERT of that shape will do.
+Shapes: T packed tokens, N hidden size, V vocabulary, B cells, C labels.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from biote.runtime.layers_torch import activate
+from biote.runtime.modeling import (
+    EncoderConfig,
+    EncoderModel,
+    MaskedLMModel,
+    SequenceClassificationModel,
+    TokenClassificationModel,
+)
+from biote.runtime.packing import Packing
+
+
+@strict
+class GeneformerTEConfig(EncoderConfig):
+    """Configuration of Geneformer; the defaults are the V2-316M model's.
+
+    The blocks are those of a post-norm model, shifted: see `block.py`.
+    """
+
+    model_type = "geneformer_te"
+
+    vocab_size: int = 20275
+    hidden_size: int = 1152
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 18
+    intermediate_size: int = 4608
+    hidden_act: str = "relu"
+    layer_norm_eps: float = 1e-12
+    rope: str = "none"
+    post_norm: bool = True
+    pad_token_id: int | None = 0
+    max_position_embeddings: int = 4096
+    type_vocab_size: int = 2
+    tie_word_embeddings: bool = True
+
+
+class Embeddings(nn.Module):
+    """Word, position and token-type embeddings, summed; their norm is the first block's, their dropout follows it."""
+
+    def __init__(self, config: GeneformerTEConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        packing: Packing,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids [T] or inputs_embeds [T, N], token_type_ids [T] (0 if not given) -> [T, N]."""
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        types = (
+            self.token_type_embeddings.weight[0]
+            if token_type_ids is None
+            else self.token_type_embeddings(token_type_ids)
+        )
+        return words + types + self.position_embeddings(packing.positions)
+
+
+class GeneformerTEModel(EncoderModel):
+    """The encoder. Its hidden states are the embeddings of genes; `embeddings.py` takes means of them."""
+
+    config_class = GeneformerTEConfig
+    has_token_types = True
+
+    def __init__(self, config: GeneformerTEConfig):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.max_positions = config.max_position_embeddings
+        self.post_init()
+
+    def original_states(self, states: list[Tensor], last: Tensor) -> list[Tensor]:
+        """The normed embeddings and each block's normed output, which the next block's first norm makes."""
+        size, eps = (self.config.hidden_size,), self.config.layer_norm_eps
+        normed = []
+        for x, layer in zip(states[:-1], self.layers, strict=True):
+            block: Any = layer
+            qkv = block.attention.qkv
+            normed.append(F.layer_norm(x, size, qkv.layer_norm_weight, qkv.layer_norm_bias, eps))
+        return [*normed, last]
+
+
+class LMHead(nn.Module):
+    """Dense, activation, layer norm, then the decoder, whose weight is the word embeddings'."""
+
+    def __init__(self, config: GeneformerTEConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.activation = config.hidden_act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, N] -> [T, V]."""
+        return self.decoder(self.layer_norm(activate(self.dense(x), self.activation)))
+
+
+class GeneformerTEForMaskedLM(MaskedLMModel):
+    """The encoder with its masked-language-model head: a distribution over genes at each rank."""
+
+    config_class = GeneformerTEConfig
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: GeneformerTEConfig):
+        super().__init__(config)
+        self.model = GeneformerTEModel(config)
+        self.lm_head = LMHead(config)
+        self.post_init()
+
+
+class GeneformerTEForTokenClassification(TokenClassificationModel):
+    """Gene classification: the encoder with one linear layer over each gene."""
+
+    config_class = GeneformerTEConfig
+    encoder_class = GeneformerTEModel
+
+
+class CellClassificationHead(nn.Module):
+    """Dense, tanh, dropout, projection to the labels; input is the cell's first token, as BERT's pooler reads it."""
+
+    def __init__(self, config: GeneformerTEConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N] -> [B, C]."""
+        return self.out_proj(self.dropout(self.dense(x).tanh()))
+
+
+class GeneformerTEForSequenceClassification(SequenceClassificationModel):
+    """Cell classification: the encoder with a classifier over each cell's first token."""
+
+    config_class = GeneformerTEConfig
+
+    def __init__(self, config: GeneformerTEConfig):
+        super().__init__(config)
+        self.model = GeneformerTEModel(config)
+        self.classifier = CellClassificationHead(config)
+        self.post_init()

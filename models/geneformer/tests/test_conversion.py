@@ -1,0 +1,64 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from biote.files import WEIGHTS
+from biote.testing import contract
+from geneformer import GeneformerTEForMaskedLM, GeneformerTEModel
+from geneformer.convert import PORT, read_hf_config
+
+
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_models_round_trip(case, auto):
+    contract.assert_round_trip(case, auto)
+
+
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_files_round_trip(case, auto, tmp_path):
+    contract.assert_file_round_trip(case, auto, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_keep_their_dtype(case, dtype, tmp_path):
+    contract.assert_file_round_trip(case, "AutoModelForMaskedLM", tmp_path, dtype)
+
+
+def test_missing_weights_are_refused(case, tmp_path):
+    contract.assert_missing_weights_refused(case, "AutoModelForMaskedLM", tmp_path)
+
+
+def test_old_spellings_are_read(golden_folder, tmp_path):
+    state = load_file(golden_folder / WEIGHTS)
+    old = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+        for key, x in state.items()
+    }
+    old["bert.embeddings.position_ids"] = torch.arange(32)[None]
+    old["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"].clone()
+    old["cls.predictions.decoder.bias"] = state["cls.predictions.bias"].clone()
+    save_file(old, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text((golden_folder / "config.json").read_text())
+    found = GeneformerTEForMaskedLM.from_original(str(tmp_path), engine="torch").state_dict()
+    expected = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").state_dict()
+    assert all(torch.equal(x, expected[key]) for key, x in found.items())
+
+
+def test_a_folder_of_variants(golden_folder, tmp_path):
+    """One repository with a folder a variant, as on the Hub."""
+    variant = tmp_path / "repository" / "Geneformer-V2-104M"
+    variant.mkdir(parents=True)
+    for name in ("config.json", WEIGHTS):
+        (variant / name).write_bytes((golden_folder / name).read_bytes())
+    model = GeneformerTEModel.from_original(
+        str(tmp_path / "repository"), subfolder="Geneformer-V2-104M", engine="torch"
+    )
+    assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_act", "silu"), ("is_decoder", True), ("tie_word_embeddings", False)]
+)
+def test_other_berts_are_refused(case, field, value):
+    theirs = {**case.make_original("AutoModelForMaskedLM", 0).config.to_dict(), field: value}
+    with pytest.raises(ValueError, match=f"not one that this port computes: {field}={value!r}"):
+        read_hf_config(theirs)
