@@ -1,25 +1,6 @@
-"""Export ESM-2 to a self-contained Hub folder: `python models/esm2/export.py esm2_t6_8M_UR50D --output DIR`."""
+"""Export ESM-2 to a self-contained Hub folder: `python export.py esm2_t6_8M_UR50D --output DIR`."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from biote.cli import Source, run
-from biote.export import export
-
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-
-
-@app.command()
-def main(
-    source: Source,
-    output: Annotated[Path, typer.Option(help="a folder that does not exist yet")],
-    push: Annotated[str | None, typer.Option(metavar="REPO_ID", help="upload to this Hub repository")] = None,
-) -> None:
-    """Convert, bundle and verify an original ESM-2 checkpoint (tag, Hub id or folder)."""
-    export(source, output, port_name="esm2", push=push)
-
+from biote.cli import port_export, run
 
 if __name__ == "__main__":
-    run(app)
+    run(port_export("esm2"))

@@ -103,6 +103,22 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="an export
     console.print(f"{folder} reproduces the original")
 
 
+def port_export(port_name: str) -> typer.Typer:
+    """The command that a port's export.py is: SRC --output DIR."""
+    command = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+    @command.command()
+    def main(
+        source: Source,
+        output: Annotated[Path, typer.Option(help="a folder that does not exist yet")],
+        push: Annotated[str | None, typer.Option(metavar="REPO_ID", help="upload to this Hub repository")] = None,
+    ) -> None:
+        """Convert, bundle and verify an original checkpoint."""
+        export_folder(source, output, port_name=port_name, push=push)
+
+    return command
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
