@@ -16,6 +16,7 @@ from .geneformer_te import (
     GeneformerTEForTokenClassification,
     GeneformerTEModel,
 )
+from .tokenizer import GeneformerTokenizer
 
 __all__ = [
     "GeneformerTEConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "GeneformerTEForSequenceClassification",
     "GeneformerTEForTokenClassification",
     "GeneformerTEModel",
+    "GeneformerTokenizer",
     "convert_hf_to_te",
     "convert_te_to_hf",
 ]

@@ -1,0 +1,277 @@
+"""Rank-value encoding: a cell's counts become the list of its genes, by falling expression.
+
+Source: Theodoris et al. 2023, Nature 618:616, and the original's tokenizer (V1 and V2 rules).
+Shapes: B cells, G genes of the file, K genes of the file that the token dictionary knows.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from anndata.io import read_elem, sparse_dataset
+from rich.console import Console
+from rich.progress import track
+from scipy import sparse
+
+SPECIAL_TOKENS = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}  # ids 0, 1, 2, 3
+MOST_GENES = {"V1": 2048, "V2": 4094}
+TARGET_SUM = 10_000
+CHUNK = 4096  # cells in memory at a time
+
+
+@dataclass
+class Encoded:
+    """What became of a file's cells."""
+
+    cells: int = 0
+    written: int = 0
+    filtered: int = 0  # obs["filter_pass"] is not 1
+    without_genes: int = 0  # no count in any gene that the dictionary knows
+
+
+@dataclass
+class _Source:
+    """Counts [B, G], sliced by rows, with their annotation."""
+
+    counts: Any
+    obs: pd.DataFrame
+    var: pd.DataFrame
+
+
+class GeneformerTokenizer:
+    """Encodes cells by the V1 or V2 rules.
+
+    token_ids, medians: by Ensembl id, as dictionaries or as JSON files. `token_ids` holds the special tokens too
+    (V1: <pad> 0, <mask> 1; V2: also <cls> 2, <eos> 3). A gene's median is that of its normalised counts over the cells
+    of the original's corpus.
+
+    The rules: Ensembl ids in capitals, counts of equal ids summed, genes outside the dictionary left out; each count
+    over the cell's total of ALL genes (obs["n_counts"] if there, else the sum), times 10,000, over the gene's median;
+    zeros dropped; by falling value. Equal values go by rising token id, whatever the order of genes in the file. V1
+    keeps the first 2048 genes; V2 keeps 4094, between <cls> and <eos>.
+    """
+
+    def __init__(
+        self, token_ids: Mapping[str, int] | Path | str, medians: Mapping[str, float] | Path | str, version: str = "V2"
+    ):
+        if version not in SPECIAL_TOKENS:
+            raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(SPECIAL_TOKENS)}")
+        self.version = version
+        self.token_ids = {key if key.startswith("<") else key.upper(): int(v) for key, v in _read(token_ids).items()}
+        self.medians = {key.upper(): float(value) for key, value in _read(medians).items()}
+        wrong = [
+            f"{token} is {self.token_ids.get(token, 'missing')}, not {number}"
+            for number, token in enumerate(SPECIAL_TOKENS[version])
+            if self.token_ids.get(token) != number
+        ]
+        if wrong:
+            raise ValueError(f"these are not token ids of {version}: {'; '.join(wrong)}")
+        self.genes = {key: number for key, number in self.token_ids.items() if not key.startswith("<")}
+        lacking = sorted(gene for gene in self.genes if not self.medians.get(gene, 0) > 0)
+        if lacking:
+            raise ValueError(f"{len(lacking)} genes have no positive median, among them {', '.join(lacking[:3])}")
+
+    def encode(self, cells: anndata.AnnData, obs_columns: Sequence[str] = (), layer: str | None = None) -> pa.Table:
+        """Cells in memory -> table with input_ids (list of int32), length (int32) and the chosen columns of obs.
+
+        layer: where the raw counts are, if not in X. ValueError for what cannot be counts; cells that have none of the
+        dictionary's genes are left out, with a warning that says how many.
+        """
+        counts = cells.X if layer is None else _layer(cells.layers, layer)
+        source = _Source(counts, cells.obs, cells.var)
+        report = Encoded()
+        tables = list(self._tables(source, obs_columns, report, CHUNK))
+        _warn(report)
+        return pa.concat_tables(tables)
+
+    def encode_file(
+        self,
+        h5ad: Path | str,
+        parquet: Path | str,
+        obs_columns: Sequence[str] = (),
+        layer: str | None = None,
+        chunk_cells: int = CHUNK,
+    ) -> Encoded:
+        """An .h5ad file -> a parquet file as `datasets.load_dataset("parquet", ...)` reads it; see `encode`.
+
+        Only `chunk_cells` cells are in memory at a time, if the counts are stored dense or by cells (CSR). The parquet
+        file appears whole or not at all.
+        """
+        h5ad, parquet = Path(h5ad), Path(parquet)
+        if parquet.exists():
+            raise FileExistsError(f"{parquet} exists already; remove it or choose another name")
+        if not h5ad.is_file():
+            raise FileNotFoundError(f"{h5ad} does not exist")
+        partial = parquet.with_name(f".{parquet.name}.partial")
+        report = Encoded()
+        try:
+            with h5py.File(h5ad) as file, ExitStack() as stack:
+                writer: pq.ParquetWriter | None = None
+                for table in self._tables(_open(file, layer), obs_columns, report, chunk_cells):
+                    writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
+                    writer.write_table(table)
+            os.replace(partial, parquet)
+        finally:
+            partial.unlink(missing_ok=True)
+        _warn(report)
+        return report
+
+    def _tables(
+        self, source: _Source, obs_columns: Sequence[str], report: Encoded, chunk_cells: int
+    ) -> Iterator[pa.Table]:
+        missing = sorted(set(obs_columns) - set(source.obs.columns))
+        if missing:
+            raise ValueError(f"obs has no column {', '.join(missing)}; it has {', '.join(source.obs.columns)}")
+        columns = pa.Table.from_pandas(source.obs[list(obs_columns)], preserve_index=False)
+        columns = columns.cast(pa.schema([_plain(field) for field in columns.schema]))
+        selector, token_ids, medians = self._known_genes(source.var)
+        starts = range(0, len(source.obs), chunk_cells)
+        quiet = not sys.stderr.isatty()
+        for start in track(starts, "encoding cells", console=Console(stderr=True), disable=quiet, transient=True):
+            rows = slice(start, min(start + chunk_cells, len(source.obs)))
+            counts, totals = _checked_counts(source, rows)
+            passing = _passing(source.obs.iloc[rows])
+            ranked = self._ranked(counts @ selector, totals, token_ids, medians)
+            kept = [index for index, tokens in enumerate(ranked) if passing[index] and len(tokens)]
+            report.cells += len(ranked)
+            report.written += len(kept)
+            report.filtered += int((~passing).sum())
+            report.without_genes += int(passing.sum()) - len(kept)
+            cells = [self._with_specials(ranked[index]) for index in kept]
+            made = {
+                "input_ids": pa.array(cells, pa.list_(pa.int32())),
+                "length": pa.array([len(cell) for cell in cells], pa.int32()),
+            }
+            places = pa.array([start + index for index in kept], pa.int64())
+            yield pa.table({**made, **{name: columns[name].take(places) for name in obs_columns}})
+
+    def _known_genes(self, var: pd.DataFrame) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
+        """A 0/1 matrix [G, K] that picks and sums the known genes, by rising token id; their ids and medians [K]."""
+        names = (
+            (var["ensembl_id"] if "ensembl_id" in var else var.index.to_series()).astype(str).str.upper().to_numpy()
+        )
+        known = [(self.genes[name], place) for place, name in enumerate(names) if name in self.genes]
+        if not known:
+            raise ValueError(
+                f"no gene of the file is in the token dictionary: its ids are like {', '.join(names[:3])}, the "
+                f"dictionary's like {', '.join(list(self.genes)[:3])}; var['ensembl_id'] is read, or var's names"
+            )
+        tokens, places = (np.array(part) for part in zip(*known, strict=True))
+        token_ids, columns = np.unique(tokens, return_inverse=True)
+        ones = np.ones(len(places))
+        selector = sparse.csr_matrix((ones, (places, columns)), shape=(len(names), len(token_ids)))
+        by_id = {number: gene for gene, number in self.genes.items()}
+        return selector, token_ids, np.array([self.medians[by_id[number]] for number in token_ids])
+
+    def _ranked(
+        self, counts: sparse.csr_matrix, totals: np.ndarray, token_ids: np.ndarray, medians: np.ndarray
+    ) -> list[np.ndarray]:
+        """Counts of known genes [B, K] -> each cell's token ids, by falling value."""
+        counts.sort_indices()
+        counts.eliminate_zeros()
+        cell_of = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+        values = counts.data / totals[cell_of] * TARGET_SUM / medians[counts.indices]
+        ranked = []
+        for start, end in zip(counts.indptr, counts.indptr[1:], strict=False):
+            order = np.argsort(-values[start:end], kind="stable")[: MOST_GENES[self.version]]
+            ranked.append(token_ids[counts.indices[start:end][order]])
+        return ranked
+
+    def _with_specials(self, tokens: np.ndarray) -> np.ndarray:
+        if self.version == "V1":
+            return tokens
+        return np.concatenate(([self.token_ids["<cls>"]], tokens, [self.token_ids["<eos>"]]))
+
+
+def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
+    if isinstance(dictionary, Mapping):
+        return dictionary
+    path = Path(dictionary)
+    if path.suffix in (".pkl", ".pickle"):
+        code = f"import json, pickle; json.dump(pickle.load(open('{path}', 'rb')), open('{path.stem}.json', 'w'))"
+        raise ValueError(
+            f'{path} is a pickle, which can run any code, and is not read. If you trust it: python -c "{code}"'
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object of values by gene")
+    return found
+
+
+def _open(file: h5py.File, layer: str | None) -> _Source:
+    element = file["X"] if layer is None else _layer(file.get("layers", {}), layer)
+    counts: Any = element
+    if isinstance(element, h5py.Group):
+        counts = sparse_dataset(element)
+        if counts.format == "csc":
+            warnings.warn("the counts are stored by genes (CSC): all are read into memory at once", stacklevel=3)
+            counts = counts.to_memory().tocsr()
+    return _Source(counts, read_elem(file["obs"]), read_elem(file["var"]))
+
+
+def _layer(layers: Mapping[str, Any], name: str) -> Any:
+    if name not in layers:
+        raise ValueError(f"there is no layer {name!r}; there is {', '.join(layers) or 'none'}")
+    return layers[name]
+
+
+def _checked_counts(source: _Source, rows: slice) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Raw counts [B, G] and totals [B] of some cells; ValueError that names a cell for what cannot be counts."""
+    counts = sparse.csr_matrix(source.counts[rows], dtype=np.float64)
+    names = source.obs.index[rows]
+    for problem, bad in (
+        ("NaN or infinite counts", ~np.isfinite(counts.data)),
+        ("negative counts", counts.data < 0),
+        (
+            "counts that are no whole numbers: pass raw counts, perhaps layer='counts'",
+            counts.data != np.floor(counts.data),
+        ),
+    ):
+        if bad.any():
+            cell = int(np.searchsorted(counts.indptr, np.flatnonzero(bad)[0], side="right")) - 1
+            raise ValueError(f"cell {names[cell]!r} has {problem}")
+    totals = np.asarray(counts.sum(1)).ravel()
+    if "n_counts" in source.obs:
+        stated = source.obs["n_counts"].iloc[rows].to_numpy(np.float64)
+        short = np.flatnonzero(~(stated >= totals * (1 - 1e-6)))
+        if len(short):
+            cell = short[0]
+            raise ValueError(
+                f"obs['n_counts'] of cell {names[cell]!r} is {stated[cell]:g}, less than its counts, {totals[cell]:g}"
+            )
+        totals = stated
+    return counts, totals
+
+
+def _passing(obs: pd.DataFrame) -> np.ndarray:
+    if "filter_pass" not in obs:
+        return np.ones(len(obs), dtype=bool)
+    return obs["filter_pass"].to_numpy() == 1
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """Categories become what they stand for."""
+    return pa.field(field.name, field.type.value_type) if pa.types.is_dictionary(field.type) else field
+
+
+def _warn(report: Encoded) -> None:
+    if report.without_genes:
+        warnings.warn(
+            f"{report.without_genes} of {report.cells} cells have no gene of the dictionary and were left out",
+            stacklevel=3,
+        )

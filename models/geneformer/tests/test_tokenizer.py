@@ -1,0 +1,197 @@
+"""The tokenizer against a plain reading of its rules, cell by cell, gene by gene."""
+
+import json
+import pickle
+from collections import defaultdict
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from geneformer import GeneformerTokenizer
+
+SPECIAL = {"V1": ["<pad>", "<mask>"], "V2": ["<pad>", "<mask>", "<cls>", "<eos>"]}
+GENES = [f"ENSG{number:011}" for number in range(40)]
+
+
+def dictionaries(version="V2", genes=GENES[:30]):
+    names = [*SPECIAL[version], *genes]
+    generator = np.random.default_rng(1)
+    token_ids = {name: number for number, name in enumerate(names)}
+    medians = {gene: float(generator.choice([0.5, 1.0, 2.0, 3.7])) for gene in genes}
+    return token_ids, medians
+
+
+def cells_of(counts, names=None, **obs):
+    counts = np.asarray(counts, dtype=np.float32)
+    obs = pd.DataFrame(obs, index=[f"cell{number}" for number in range(len(counts))])
+    return anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=names or GENES[: counts.shape[1]]))
+
+
+def by_the_rules(row, names, token_ids, medians, version, total=None):
+    """One cell, in plain Python."""
+    summed = defaultdict(float)
+    for name, count in zip(names, row, strict=True):
+        summed[name.upper()] += float(count)
+    total = total or sum(summed.values())
+    values = {
+        gene: count / total * 10_000 / medians[gene] for gene, count in summed.items() if gene in medians and count
+    }
+    ranked = sorted(values, key=lambda gene: (-values[gene], token_ids[gene]))
+    tokens = [token_ids[gene] for gene in ranked]
+    return tokens[:2048] if version == "V1" else [token_ids["<cls>"], *tokens[:4094], token_ids["<eos>"]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10**6), version=st.sampled_from(["V1", "V2"]), kind=st.sampled_from(["dense", "csr", "csc"])
+)
+def test_random_cells(seed, version, kind):
+    generator = np.random.default_rng(seed)
+    token_ids, medians = dictionaries(version)
+    counts = generator.poisson(0.8, (6, 40)) * generator.integers(1, 4, (6, 40))
+    counts[:, 3] += 1  # no empty cell
+    names = list(generator.permutation(GENES))
+    names[7] = names[3].lower()  # a duplicate, spelt otherwise
+    cells = cells_of(counts, names)
+    if kind != "dense":
+        cells.X = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}[kind](cells.X)
+    cells = cells[[row for row in range(6) if set(np.array(names)[counts[row] > 0]) & set(GENES[:30])]]
+    found = GeneformerTokenizer(token_ids, medians, version).encode(cells)
+    dense = cells.X if kind == "dense" else cells.X.toarray()
+    expected = [by_the_rules(row, names, token_ids, medians, version) for row in dense]
+    assert found["input_ids"].to_pylist() == expected
+    assert found["length"].to_pylist() == [len(cell) for cell in expected]
+
+
+def test_the_worked_example():
+    """Counts 4, 2, 3 over medians 2, 0.5, 3: 2, 4, 1 in proportion; the fourth gene counts in the total only."""
+    token_ids = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, "A": 4, "B": 5, "C": 6}
+    tokenizer = GeneformerTokenizer(token_ids, {"A": 2.0, "B": 0.5, "C": 3.0})
+    found = tokenizer.encode(cells_of([[4, 2, 3, 91]], ["A", "B", "C", "unknown"]))
+    assert found["input_ids"].to_pylist() == [[2, 5, 4, 6, 3]]
+
+
+def test_ties_go_by_token_id_whatever_the_order_in_the_file():
+    token_ids, _ = dictionaries()
+    tokenizer = GeneformerTokenizer(token_ids, dict.fromkeys(GENES[:30], 1.0))
+    for names in (GENES[:5], GENES[4::-1]):
+        assert tokenizer.encode(cells_of([[2, 2, 2, 2, 2]], names))["input_ids"].to_pylist() == [[2, 4, 5, 6, 7, 8, 3]]
+
+
+@pytest.mark.parametrize(("version", "most"), [("V1", 2048), ("V2", 4096)])
+def test_long_cells_are_cut(version, most):
+    genes = [f"G{number}" for number in range(5000)]
+    token_ids, medians = dictionaries(version, genes)
+    tokenizer = GeneformerTokenizer(token_ids, medians, version)
+    found = tokenizer.encode(cells_of(np.ones((1, 5000)), genes))
+    assert found["length"].to_pylist() == [most]
+    assert found["input_ids"].to_pylist() == [by_the_rules(np.ones(5000), genes, token_ids, medians, version)]
+
+
+def write(cells, path, layer_format="csr"):
+    cells.X = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.asarray}[layer_format](cells.X)
+    cells.write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize("stored", ["csr", "dense", pytest.param("csc", marks=pytest.mark.filterwarnings("ignore"))])
+def test_files_are_streamed_by_chunks(tmp_path, stored):
+    counts = np.random.default_rng(0).poisson(1.0, (23, 40))
+    cells = cells_of(counts, cell_type=pd.Categorical(["T", "B"] * 11 + ["T"]), age=np.arange(23.0))
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    expected = tokenizer.encode(cells, ["age", "cell_type"])
+    path = write(cells, tmp_path / "cells.h5ad", stored)
+    report = tokenizer.encode_file(path, tmp_path / "cells.parquet", ["age", "cell_type"], chunk_cells=5)
+    found = pq.read_table(tmp_path / "cells.parquet")
+    assert found.equals(expected)
+    assert (report.cells, report.written) == (23, 23)
+    assert found.column_names == ["input_ids", "length", "age", "cell_type"]
+    assert found["cell_type"].to_pylist()[:2] == ["T", "B"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["cells.h5ad", "cells.parquet"]
+
+
+def test_a_layer_and_ensembl_ids_in_a_column(tmp_path):
+    cells = cells_of([[0.5, 1.5]], ["TP53", "MYC"])
+    cells.layers["counts"] = sparse.csr_matrix([[3.0, 1.0]])
+    cells.var["ensembl_id"] = GENES[:2]
+    token_ids, _ = dictionaries()
+    tokenizer = GeneformerTokenizer(token_ids, dict.fromkeys(GENES[:30], 1.0))
+    path = write(cells, tmp_path / "cells.h5ad")
+    assert tokenizer.encode(cells, layer="counts")["input_ids"].to_pylist() == [[2, 4, 5, 3]]
+    tokenizer.encode_file(path, tmp_path / "out.parquet", layer="counts")
+    assert pq.read_table(tmp_path / "out.parquet")["input_ids"].to_pylist() == [[2, 4, 5, 3]]
+    with pytest.raises(ValueError, match="no layer 'raw'; there is counts"):
+        tokenizer.encode(cells, layer="raw")
+
+
+def test_cells_that_do_not_pass_or_have_no_gene_are_counted(tmp_path):
+    counts = np.zeros((4, 40))
+    counts[[0, 1, 3], [2, 3, 35]] = 5  # gene 35 is unknown, cell 2 is empty
+    cells = cells_of(counts, filter_pass=[1, 0, 1, 1])
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    path = write(cells, tmp_path / "cells.h5ad")
+    with pytest.warns(UserWarning, match="2 of 4 cells have no gene of the dictionary"):
+        report = tokenizer.encode_file(path, tmp_path / "out.parquet")
+    assert (report.cells, report.written, report.filtered, report.without_genes) == (4, 1, 1, 2)
+
+
+def test_totals_may_be_stated():
+    """A file cut down to some genes keeps the totals of before; the order of a cell does not depend on them."""
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    plain = tokenizer.encode(cells_of([[4, 2, 3, 1]]))
+    assert tokenizer.encode(cells_of([[4, 2, 3, 1]], n_counts=[1000.0])).equals(plain)
+    with pytest.raises(ValueError, match=r"obs\['n_counts'\] of cell 'cell0' is 7, less than its counts, 10"):
+        tokenizer.encode(cells_of([[4, 2, 3, 1]], n_counts=[7.0]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (-1, "negative"), (0.5, "no whole numbers: pass raw")],
+)
+@pytest.mark.parametrize("stored", ["csr", "dense"])
+def test_what_cannot_be_counts_is_refused(tmp_path, value, message, stored):
+    counts = np.ones((7, 5))
+    counts[4, 2] = value
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    path = write(cells_of(counts), tmp_path / "cells.h5ad", stored)
+    with pytest.raises(ValueError, match=f"cell 'cell4' has .*{message}"):
+        tokenizer.encode_file(path, tmp_path / "out.parquet", chunk_cells=3)
+    assert [x.name for x in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_dictionaries(tmp_path):
+    token_ids, medians = dictionaries()
+    (tmp_path / "ids.json").write_text(json.dumps(token_ids))
+    (tmp_path / "medians.json").write_text(json.dumps(medians))
+    assert GeneformerTokenizer(tmp_path / "ids.json", str(tmp_path / "medians.json")).medians == medians
+    (tmp_path / "ids.pkl").write_bytes(pickle.dumps(token_ids))
+    with pytest.raises(ValueError, match=r"is a pickle.*python -c"):
+        GeneformerTokenizer(tmp_path / "ids.pkl", medians)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="not a JSON file"):
+        GeneformerTokenizer(tmp_path / "bad.json", medians)
+    with pytest.raises(ValueError, match="not token ids of V2: <cls> is missing, not 2"):
+        GeneformerTokenizer(dictionaries("V1")[0], medians)
+    with pytest.raises(ValueError, match=f"1 genes have no positive median, among them {GENES[0]}"):
+        GeneformerTokenizer(token_ids, {**medians, GENES[0]: 0})
+    with pytest.raises(ValueError, match="version='V3' is unknown"):
+        GeneformerTokenizer(token_ids, medians, "V3")
+
+
+def test_what_the_file_lacks_is_said(tmp_path):
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    with pytest.raises(ValueError, match="no gene of the file is in the token dictionary: its ids are like TP53"):
+        tokenizer.encode(cells_of([[1]], ["TP53"]))
+    with pytest.raises(ValueError, match="obs has no column sex; it has age"):
+        tokenizer.encode(cells_of([[1]], age=[3]), ["sex"])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        tokenizer.encode_file(tmp_path / "no.h5ad", tmp_path / "out.parquet")
+    path = write(cells_of([[1]]), tmp_path / "cells.h5ad")
+    with pytest.raises(FileExistsError, match="exists already"):
+        tokenizer.encode_file(path, path)
