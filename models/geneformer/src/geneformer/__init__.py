@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .convert import convert_hf_to_te, convert_te_to_hf
+from .embeddings import cell_embeddings, gene_embeddings
 from .geneformer_te import (
     GeneformerTEConfig,
     GeneformerTEForMaskedLM,
@@ -25,8 +26,10 @@ __all__ = [
     "GeneformerTEForTokenClassification",
     "GeneformerTEModel",
     "GeneformerTokenizer",
+    "cell_embeddings",
     "convert_hf_to_te",
     "convert_te_to_hf",
+    "gene_embeddings",
 ]
 
 AutoConfig.register("geneformer_te", GeneformerTEConfig)

@@ -28,7 +28,7 @@ from scipy import sparse
 SPECIAL_TOKENS = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}  # ids 0, 1, 2, 3
 MOST_GENES = {"V1": 2048, "V2": 4094}
 TARGET_SUM = 10_000
-CHUNK = 4096  # cells in memory at a time
+CHUNK = 1024  # cells in memory at a time
 
 
 @dataclass
@@ -150,10 +150,10 @@ class GeneformerTokenizer:
             report.filtered += int((~passing).sum())
             report.without_genes += int(passing.sum()) - len(kept)
             cells = [self._with_specials(ranked[index]) for index in kept]
-            made = {
-                "input_ids": pa.array(cells, pa.list_(pa.int32())),
-                "length": pa.array([len(cell) for cell in cells], pa.int32()),
-            }
+            lengths = np.array([len(cell) for cell in cells], dtype=np.int32)
+            ends = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
+            flat = np.concatenate([np.empty(0, np.int32), *cells])
+            made = {"input_ids": pa.ListArray.from_arrays(ends, flat), "length": pa.array(lengths)}
             places = pa.array([start + index for index in kept], pa.int64())
             yield pa.table({**made, **{name: columns[name].take(places) for name in obs_columns}})
 
@@ -169,7 +169,7 @@ class GeneformerTokenizer:
                 f"dictionary's like {', '.join(list(self.genes)[:3])}; var['ensembl_id'] is read, or var's names"
             )
         tokens, places = (np.array(part) for part in zip(*known, strict=True))
-        token_ids, columns = np.unique(tokens, return_inverse=True)
+        token_ids, columns = np.unique(tokens.astype(np.int32), return_inverse=True)
         ones = np.ones(len(places))
         selector = sparse.csr_matrix((ones, (places, columns)), shape=(len(names), len(token_ids)))
         by_id = {number: gene for gene, number in self.genes.items()}
@@ -182,17 +182,18 @@ class GeneformerTokenizer:
         counts.sort_indices()
         counts.eliminate_zeros()
         cell_of = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-        values = counts.data / totals[cell_of] * TARGET_SUM / medians[counts.indices]
+        falling = -(counts.data / totals[cell_of] * TARGET_SUM / medians[counts.indices])
         ranked = []
         for start, end in zip(counts.indptr, counts.indptr[1:], strict=False):
-            order = np.argsort(-values[start:end], kind="stable")[: MOST_GENES[self.version]]
+            order = np.argsort(falling[start:end], kind="stable")[: MOST_GENES[self.version]]
             ranked.append(token_ids[counts.indices[start:end][order]])
         return ranked
 
     def _with_specials(self, tokens: np.ndarray) -> np.ndarray:
         if self.version == "V1":
             return tokens
-        return np.concatenate(([self.token_ids["<cls>"]], tokens, [self.token_ids["<eos>"]]))
+        first, last = (np.array([self.token_ids[name]], dtype=np.int32) for name in ("<cls>", "<eos>"))
+        return np.concatenate((first, tokens, last))
 
 
 def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:

@@ -1,0 +1,46 @@
+"""Cell and gene embeddings against transformers' BertModel, one cell at a time."""
+
+import pytest
+import torch
+from transformers import BertModel
+
+from geneformer import GeneformerTEForMaskedLM, cell_embeddings, gene_embeddings
+
+CELLS = [[2, 17, 9, 40, 1, 23, 3], [2, 9, 3], [2, 31, 17, 5, 30, 8, 12, 3]]
+
+
+def states_of(folder, layer):
+    """Gene tokens and their hidden states, by cell, from the original in float64."""
+    original = BertModel.from_pretrained(folder, dtype=torch.float64, add_pooling_layer=False).eval()
+    for cell in CELLS:
+        ids = torch.tensor(cell)
+        with torch.no_grad():
+            states = original(ids[None], output_hidden_states=True).hidden_states[layer][0]
+        yield ids[ids >= 4], states[ids >= 4]
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("tokens", [1, 11, 1000])
+def test_cell_embeddings(golden_folder, layer, tokens):
+    model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
+    expected = torch.stack([states.mean(0) for _, states in states_of(golden_folder, layer)])
+    found = cell_embeddings(model, CELLS, layer=layer, tokens=tokens)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_gene_embeddings(golden_folder):
+    model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
+    by_gene = {}
+    for ids, states in states_of(golden_folder, -2):
+        for gene, state in zip(ids.tolist(), states, strict=True):
+            by_gene.setdefault(gene, []).append(state)
+    ids, found = gene_embeddings(model, CELLS, layer=-2, tokens=11)
+    assert ids.tolist() == sorted(by_gene)
+    expected = torch.stack([torch.stack(by_gene[gene]).mean(0) for gene in sorted(by_gene)])
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cell_without_genes_is_refused(golden_folder):
+    model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
+    with pytest.raises(ValueError, match="a cell has no gene"):
+        cell_embeddings(model, [[2, 3]])

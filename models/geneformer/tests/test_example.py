@@ -1,0 +1,28 @@
+"""The example, from an .h5ad file to a picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "geneformer_cells.py"
+
+
+def test_from_counts_to_a_picture(tmp_path):
+    counts = np.random.default_rng(0).poisson(0.5, (12, 40)).astype(np.float32)
+    obs = pd.DataFrame({"kind": ["a", "b"] * 6, "n_counts": counts.sum(1)}, index=[f"cell{i}" for i in range(12)])
+    anndata.AnnData(counts, obs, pd.DataFrame(index=[f"G{i}" for i in range(40)])).write_h5ad(tmp_path / "cells.h5ad")
+    command = [sys.executable, EXAMPLE, "--cells", "cells.h5ad", "--label", "kind", "--output", "cells.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "12 of 12 cells" in done.stdout
+    assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
+    refused = subprocess.run([*command, "--source", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert (
+        refused.stderr
+        == "error: a checkpoint needs --token-ids and --medians, both: the dictionaries it was trained with\n"
+    )
