@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,3 +66,21 @@ def test_other_berts_are_refused(case, field, value):
     theirs = {**case.make_original("AutoModelForMaskedLM", 0).config.to_dict(), field: value}
     with pytest.raises(ValueError, match=f"not one that this port computes: {field}={value!r}"):
         read_hf_config(theirs)
+
+
+def test_a_tag_names_a_subfolder_of_the_hub_repository(golden_folder, tmp_path):
+    """A stand-in for the Hub's cache, already filled; the command line in a process of its own reads it."""
+    snapshot = tmp_path / "hub" / "models--ctheodoris--Geneformer" / "snapshots" / "f45a6c7d"
+    (snapshot / "Geneformer-V2-104M").mkdir(parents=True)
+    for name in ("config.json", WEIGHTS):
+        (snapshot / "Geneformer-V2-104M" / name).write_bytes((golden_folder / name).read_bytes())
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "biote.cli", "convert", "Geneformer-V2-104M", str(tmp_path / "te"), "--to", "te"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    converted, source = load_file(tmp_path / "te" / WEIGHTS), load_file(golden_folder / WEIGHTS)
+    first = "model.layers.0.attention.qkv.layer_norm_weight"
+    assert torch.equal(converted[first], source["bert.embeddings.LayerNorm.weight"])
+    last = "model.layers.2.attention.qkv.layer_norm_bias"
+    assert torch.equal(converted[last], source["bert.encoder.layer.1.output.LayerNorm.bias"])
+    assert torch.equal(converted["model.final_norm.weight"], source["bert.encoder.layer.2.output.LayerNorm.weight"])
