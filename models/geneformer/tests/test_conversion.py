@@ -70,8 +70,11 @@ def test_other_berts_are_refused(case, field, value):
 
 def test_a_tag_names_a_subfolder_of_the_hub_repository(golden_folder, tmp_path):
     """A stand-in for the Hub's cache, already filled; the command line in a process of its own reads it."""
-    snapshot = tmp_path / "hub" / "models--ctheodoris--Geneformer" / "snapshots" / "f45a6c7d"
+    repository = tmp_path / "hub" / "models--ctheodoris--Geneformer"
+    snapshot = repository / "snapshots" / f"f45a6c7d{0:032}"
     (snapshot / "Geneformer-V2-104M").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "f45a6c7d").write_text(snapshot.name)
     for name in ("config.json", WEIGHTS):
         (snapshot / "Geneformer-V2-104M" / name).write_bytes((golden_folder / name).read_bytes())
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
