@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPPED_BYTES = 2**26  # of a source, kept in memory at most before it is opened anew, which takes milliseconds
 WRITE_BYTES = 2**20  # one write of a whole tensor takes Linux's page cache up to five times as long
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPE_NAMES = {
@@ -63,6 +64,8 @@ class CheckpointReader:
         self.folder = folder
         self.file_of_key: dict[str, Path] = {}
         self.specs: dict[str, Tensor] = {}  # meta tensors
+        self.handles: dict[Path, Any] = {}
+        self.read_bytes = 0
         indexed = self._index()
         for file in dict.fromkeys(indexed.values()) if indexed else [folder / WEIGHTS]:
             self._add(file, {key for key, at in indexed.items() if at == file})
@@ -92,36 +95,37 @@ class CheckpointReader:
     def _add(self, file: Path, expected: set[str]) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is named in {INDEX} but does not exist")
-        with _opened(file) as handle:
-            keys = set(handle.keys())
-            if expected - keys:
-                raise ValueError(
-                    f"{file} lacks tensors that {INDEX} says it has: {', '.join(sorted(expected - keys))}"
-                )
-            for key in handle.keys():  # noqa: SIM118 (a handle, not a dict)
-                if expected and key not in expected:
-                    raise ValueError(f"{file} holds {key}, which {INDEX} does not list there")
-                piece = handle.get_slice(key)
-                if piece.get_dtype() not in DTYPES:
-                    raise ValueError(f"{file}: {key} has the dtype {piece.get_dtype()}, which is not supported")
-                self.file_of_key[key] = file
-                self.specs[key] = torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
+        handle = _open(file)
+        keys = set(handle.keys())
+        if expected - keys:
+            raise ValueError(f"{file} lacks tensors that {INDEX} says it has: {', '.join(sorted(expected - keys))}")
+        for key in handle.keys():  # noqa: SIM118 (a handle, not a dict)
+            if expected and key not in expected:
+                raise ValueError(f"{file} holds {key}, which {INDEX} does not list there")
+            piece = handle.get_slice(key)
+            if piece.get_dtype() not in DTYPES:
+                raise ValueError(f"{file}: {key} has the dtype {piece.get_dtype()}, which is not supported")
+            self.file_of_key[key] = file
+            self.specs[key] = torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
 
     def read(self, keys: Iterable[str]) -> list[Tensor]:
-        """The tensors of `keys`. They are views of the file, which is unmapped once they are gone."""
-        found = {}
-        keys = list(keys)
-        for file in {self.file_of_key[key] for key in keys}:
-            with _opened(file) as handle:
-                found.update({key: handle.get_tensor(key) for key in keys if self.file_of_key[key] == file})
-        return [found[key] for key in keys]
+        """The tensors of `keys`. They are views of their files, which are unmapped once they and we let go of them."""
+        if self.read_bytes > MAPPED_BYTES:  # what has been read stays in memory until the file is opened anew
+            self.handles.clear()
+            self.read_bytes = 0
+        found = []
+        for key in keys:
+            file = self.file_of_key[key]
+            if file not in self.handles:
+                self.handles[file] = _open(file)
+            found.append(self.handles[file].get_tensor(key))
+            self.read_bytes += _size(self.specs[key])
+        return found
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open(file: Path) -> Any:
     try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
+        return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
