@@ -42,7 +42,9 @@ def blood_cells() -> anndata.AnnData:
 
 def own_dictionaries(cells: anndata.AnnData, folder: Path) -> tuple[Path, Path]:
     """Token ids and medians made from these cells alone, as JSON: a stand-in for the original's, of a whole corpus."""
-    normalised = sparse.csr_matrix(cells.X).toarray() / cells.obs["n_counts"].to_numpy()[:, None] * 1e4
+    counts = sparse.csr_matrix(cells.X).toarray()
+    totals = cells.obs["n_counts"].to_numpy() if "n_counts" in cells.obs else counts.sum(1)
+    normalised = counts / totals[:, None] * 1e4
     medians = {
         gene: float(np.median(values[values > 0]))
         for gene, values in zip(cells.var_names, normalised.T, strict=True)
@@ -93,10 +95,11 @@ def main(
     source: Annotated[str | None, typer.Option(help="tag, Hub id or folder of a checkpoint")] = None,
     token_ids: Annotated[Path | None, typer.Option(help="JSON: token id by gene")] = None,
     medians: Annotated[Path | None, typer.Option(help="JSON: median by gene")] = None,
+    version: Annotated[str, typer.Option(help="V1 or V2: the rules of the checkpoint's input")] = "V2",
     label: Annotated[str, typer.Option(help="the column of obs to colour by")] = "bulk_labels",
 ) -> None:
     """Encode cells, embed them, and draw them."""
-    if (token_ids is None) != (medians is None) or (source and token_ids is None):
+    if (token_ids is None) != (medians is None) or (token_ids is None and (source or version != "V2")):
         raise ValueError("a checkpoint needs --token-ids and --medians, both: the dictionaries it was trained with")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -105,14 +108,17 @@ def main(
             blood_cells().write_h5ad(cells)
         if token_ids is None or medians is None:
             token_ids, medians = own_dictionaries(anndata.read_h5ad(cells), folder)
-        tokenizer = GeneformerTokenizer(token_ids, medians)
+        tokenizer = GeneformerTokenizer(token_ids, medians, version)
         report = tokenizer.encode_file(cells, folder / "cells.parquet", obs_columns=[label])
         table = pq.read_table(folder / "cells.parquet")
     print(f"{report.written} of {report.cells} cells, {np.mean(table['length'].to_numpy()):.0f} tokens on average")
     model = GeneformerTEModel.from_original(source) if source else random_model(len(tokenizer.token_ids))
-    embeddings = cell_embeddings(model.eval(), table["input_ids"].to_pylist(), layer=-2)
+    if model.engine == "te":
+        model.to("cuda")
+    first_gene = min(tokenizer.genes.values())
+    embeddings = cell_embeddings(model.eval(), table["input_ids"].to_pylist(), layer=-2, first_gene=first_gene)
     title = source or "RANDOM weights: which genes cells express,\nand no biology that a model has learnt"
-    picture(embeddings, table[label].to_pylist(), title, output)
+    picture(embeddings, [str(one) for one in table[label].to_pylist()], title, output)
     print(f"embeddings {list(embeddings.shape)}; wrote {output}")
 
 

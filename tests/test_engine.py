@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 import biote.runtime
 from biote.runtime import engine
 from biote.runtime.engine import layers_of, resolve_engine, why_not_te
+from biote.runtime.packing import Packing
 from esm2 import (
     Esm2TEConfig,
     Esm2TEForMaskedLM,
@@ -154,10 +155,15 @@ def cuda_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None)
     [
         (None, "", r"torch sees no CUDA device"),
         ((7, 5), "", r"Card 7 is older than compute capability 8\.0"),
-        ((8, 0), None, r"transformer_engine cannot be imported \(ModuleNotFoundError: .*\)"),
+        ((8, 0), None, r"with Triton, cannot be imported \(ModuleNotFoundError: .*\)"),
         ((9, 0), "raise ImportError('no kernels')", r"cannot be imported \(ImportError: no kernels\)"),
         ((9, 0), "raise OSError('libcudart.so')", r"cannot be imported \(OSError: libcudart\.so\)"),
         ((9, 0), "raise RuntimeError('wrong torch')", r"cannot be imported \(RuntimeError: wrong torch\)"),
+        (
+            (9, 0),
+            "# an older release",
+            r"TransformerEngine 2.20 or later.* cannot be imported \(ModuleNotFoundError: .*\)",
+        ),
         ((8, 0), "", None),
         ((10, 0), "", None),
     ],
@@ -178,6 +184,15 @@ def test_where_te_can_run(
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
     (package / "__init__.py").write_text(te_source or "")
+    if te_source == "":
+        extensions = package / "cpp_extensions"
+        extensions.mkdir()
+        (extensions / "__init__.py").touch()
+        (extensions / "fused_attn.py").write_text("FusedAttnBackend = None")
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").touch()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "triton")
     monkeypatch.syspath_prepend(tmp_path)
     assert resolve_engine("torch") == "torch"
     if reason is None:
@@ -301,3 +316,15 @@ def test_both_engines_start_alike(te: str, name: str) -> None:
             assert bool((parameter == 1).all()), key
         elif parameter.numel() > 100:
             assert abs(float(parameter.detach().std()) - 0.03) < 0.006, key
+
+
+@pytest.mark.parametrize("lengths", [[4, 4], [5, 2, 1]])
+def test_rows_past_the_packed_tokens_come_out_as_zeros(lengths: list[int]) -> None:
+    tokens = sum(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    packing = Packing(bounds, max(lengths), torch.arange(tokens), (1, tokens), None)
+    attention = layers_of("torch").Attention(2, 8, 0.0, rope="none")
+    qkv = torch.randn(16, 48)
+    found = attention(qkv, None, packing)
+    torch.testing.assert_close(found[:tokens], attention(qkv[:tokens], None, packing))
+    assert not found[tokens:].any()

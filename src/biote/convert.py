@@ -80,7 +80,7 @@ def state_specs(cls: type[PreTrainedModel], config: EncoderConfig) -> dict[str, 
 
 def own_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of a model without the keys that are tied to others."""
-    tied = getattr(model, "_tied_weights_keys", None) or {}
+    tied = (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
 
 
@@ -233,7 +233,7 @@ def load_original(
     revision: str | None,
     subfolder: str | None,
     dtype: torch.dtype | None,
-    device: str | torch.device,
+    device: str | torch.device | None,
     config_kwargs: Json,
 ) -> PreTrainedModel:
     """Load an original checkpoint into a port's class. A head that `cls` does not have is left behind."""
@@ -247,6 +247,8 @@ def load_original(
         state = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
     dtypes = {tensor.dtype for tensor in state.values() if tensor.dim() > 1}
     model: Any = cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or dtypes.pop())
+    if device is None:
+        device = "cuda" if model.base_model.engine == "te" else "cpu"
     return model.to(device)
 
 

@@ -166,15 +166,21 @@ class Drop(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute(Rule):
-    """A tensor of ours that the foreign format does not store: made by `make` when reading, left out when writing."""
+    """A tensor of ours that the foreign format does not store: made by `make` when reading, left out when writing.
+
+    exact: what is left out must be what `make` gives, else the tensor would come back another.
+    """
 
     make: Callable[[], Tensor]
     why: str
+    exact: bool = False
 
     def read(self, tensors: list[Tensor]) -> list[Tensor]:
         return [self.make()]
 
     def write(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self.exact and not tensors[0].is_meta and not torch.equal(tensors[0].cpu(), self.make()):
+            raise ValueError("is not what it would be recomputed to, and the format has no place for it")
         return []
 
 

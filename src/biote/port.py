@@ -143,3 +143,10 @@ def identify(config: Json, port_name: str | None = None) -> tuple[ModelPort, str
     if len({port.name for port, _, _ in autos}) > 1:
         raise ValueError(f"model_type {model_type!r} fits {', '.join(p.name for p, _, _ in autos)}; say --port NAME")
     return autos[0]
+
+
+def refuse_other(config: EncoderConfig, required: Json, what: str) -> None:
+    """ValueError naming every field of our configuration that is not as `what` needs it."""
+    wrong = [f"{name}={getattr(config, name)!r}" for name, value in required.items() if getattr(config, name) != value]
+    if wrong:
+        raise ValueError(f"{what} has no counterpart of {', '.join(wrong)}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from amplify.convert import PORT, write_nvidia_config
+from amplify.convert import PORT, convert_te_to_hf, write_nvidia_config
 from amplify.modeling_amplify import AMPLIFY
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
@@ -56,5 +56,12 @@ def test_nvidia_layout(golden_folder, tmp_path):
 
 def test_nvidia_layout_refuses_what_it_cannot_hold():
     config = PORT.config_class(mlp_bias=True, hidden_act="relu", engine="torch")
-    with pytest.raises(ValueError, match="not hidden_act='relu', mlp_bias=True"):
+    with pytest.raises(ValueError, match="no counterpart of hidden_act='relu', mlp_bias=True"):
         write_nvidia_config(config, AUTO)
+
+
+def test_frequencies_that_the_original_cannot_store_are_refused(case):
+    _, ours = case.pair(AUTO)
+    ours.model.rotary.inv_freq.mul_(1.1)
+    with pytest.raises(ValueError, match=r"model.rotary.inv_freq: is not what it would be recomputed to"):
+        convert_te_to_hf(ours)

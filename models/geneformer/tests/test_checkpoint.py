@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from biote.testing import contract
-from geneformer import GeneformerTEForMaskedLM
+from geneformer import GeneformerTEForMaskedLM, GeneformerTEForSequenceClassification
 from geneformer.convert import PORT
 
 
@@ -22,17 +22,35 @@ def test_sizes_of_the_published_checkpoints(tag):
     assert f"{sum(p.numel() for p in model.parameters()):,}" == PORT.tags[tag].facts["parameters"]
 
 
-def test_dropout_stands_where_the_original_has_it(case):
-    """After the embeddings' norm, in attention, after both projections and before classifiers; nowhere at 0."""
-    _, ours = case.pair("AutoModelForSequenceClassification")
-    config = PORT.config_class.from_dict({**ours.config.to_dict(), "hidden_dropout_prob": 0.3})
-    model = type(ours)(config)
-    norms = [layer.attention.qkv.norm_dropout for layer in model.model.layers]
-    assert norms == [0.3, 0.0, 0.0]
-    assert [layer.dropout for layer in model.model.layers] == [0.3] * 3
-    assert model.classifier.dropout.p == 0.3
-    x = torch.ones(1000, 64)
-    qkv = model.model.layers[0].attention.qkv.train()
-    kept = qkv(torch.randn(1000, 64))[0]
-    assert abs(float((kept == 0).float().mean()) - 0.3) < 0.02
-    assert not (qkv.eval()(x + torch.randn(1000, 64))[0] == 0).any()
+def dropping(hidden, attention):
+    torch.manual_seed(0)
+    config = PORT.config_class(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=48,
+        hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention, engine="torch",
+    )  # fmt: skip
+    return GeneformerTEForSequenceClassification(config).train()
+
+
+def test_dropout_stands_where_the_original_has_it():
+    """After the embeddings' norm, after both projections of a block, and before the classifier."""
+    model = dropping(hidden=0.3, attention=0.0)
+    seen = {}
+    first, second = model.model.layers
+    first.attention.qkv.register_forward_hook(lambda _, __, output: seen.update(embeddings=output[0]))
+    second.attention.qkv.register_forward_hook(lambda _, __, output: seen.update(later_norm=output[0]))
+    first.mlp.register_forward_pre_hook(lambda _, given: seen.update(attention=given[1]))
+    second.register_forward_pre_hook(lambda _, given: seen.update(feed_forward=given[1]))
+    model.classifier.out_proj.register_forward_pre_hook(lambda _, given: seen.update(classifier=given[0]))
+    model(torch.randint(4, 48, (8, 30)))
+    dropped = {name: float((tensor == 0).float().mean()) for name, tensor in seen.items()}
+    assert dropped.pop("later_norm") == 0
+    assert all(abs(share - 0.3) < 0.1 for share in dropped.values()), dropped
+    with torch.no_grad():
+        ids = torch.randint(4, 48, (2, 9))
+        assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_attention_drops_its_weights():
+    model, ids = dropping(hidden=0.0, attention=0.3), torch.randint(4, 48, (2, 9))
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)

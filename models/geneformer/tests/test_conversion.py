@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from biote.files import WEIGHTS
 from biote.testing import contract
-from geneformer import GeneformerTEForMaskedLM, GeneformerTEModel
+from geneformer import GeneformerTEForMaskedLM, GeneformerTEModel, convert_te_to_hf
 from geneformer.convert import PORT, read_hf_config
 
 
@@ -45,6 +45,16 @@ def test_old_spellings_are_read(golden_folder, tmp_path):
     found = GeneformerTEForMaskedLM.from_original(str(tmp_path), engine="torch").state_dict()
     expected = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").state_dict()
     assert all(torch.equal(x, expected[key]) for key, x in found.items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("post_norm", False), ("rms_norm", True), ("tie_word_embeddings", False), ("mlp_bias", False)]
+)
+def test_what_bert_cannot_hold_is_refused(field, value):
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    model = GeneformerTEForMaskedLM(PORT.config_class(**small, engine="torch", **{field: value}))
+    with pytest.raises(ValueError, match=f"transformers' BERT has no counterpart of {field}={value}"):
+        convert_te_to_hf(model)
 
 
 def test_a_folder_of_variants(golden_folder, tmp_path):

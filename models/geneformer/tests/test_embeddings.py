@@ -24,7 +24,7 @@ def states_of(folder, layer):
 def test_cell_embeddings(golden_folder, layer, tokens):
     model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
     expected = torch.stack([states.mean(0) for _, states in states_of(golden_folder, layer)])
-    found = cell_embeddings(model, CELLS, layer=layer, tokens=tokens)
+    found = cell_embeddings(model, CELLS, layer=layer, batch_tokens=tokens)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -34,7 +34,7 @@ def test_gene_embeddings(golden_folder):
     for ids, states in states_of(golden_folder, -2):
         for gene, state in zip(ids.tolist(), states, strict=True):
             by_gene.setdefault(gene, []).append(state)
-    ids, found = gene_embeddings(model, CELLS, layer=-2, tokens=11)
+    ids, found = gene_embeddings(model, CELLS, layer=-2, batch_tokens=11)
     assert ids.tolist() == sorted(by_gene)
     expected = torch.stack([torch.stack(by_gene[gene]).mean(0) for gene in sorted(by_gene)])
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
@@ -42,5 +42,10 @@ def test_gene_embeddings(golden_folder):
 
 def test_a_cell_without_genes_is_refused(golden_folder):
     model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
-    with pytest.raises(ValueError, match="a cell has no gene"):
-        cell_embeddings(model, [[2, 3]])
+    assert cell_embeddings(model, []).shape == (0, 64)
+    with pytest.raises(ValueError, match="cell 3 has no gene"):
+        cell_embeddings(model, [*CELLS, [2, 3]], batch_tokens=11)
+    with pytest.raises(ValueError, match="cell 1 has no token"):
+        gene_embeddings(model, [[2, 9, 3], []])
+    with pytest.raises(ValueError, match="training mode"):
+        cell_embeddings(model.train(), CELLS)

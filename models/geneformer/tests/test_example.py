@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "geneformer_cells.py"
 
 def test_from_counts_to_a_picture(tmp_path):
     counts = np.random.default_rng(0).poisson(0.5, (12, 40)).astype(np.float32)
-    obs = pd.DataFrame({"kind": ["a", "b"] * 6, "n_counts": counts.sum(1)}, index=[f"cell{i}" for i in range(12)])
+    obs = pd.DataFrame({"kind": ["a", None] * 6}, index=[f"cell{i}" for i in range(12)])
     anndata.AnnData(counts, obs, pd.DataFrame(index=[f"G{i}" for i in range(40)])).write_h5ad(tmp_path / "cells.h5ad")
     command = [sys.executable, EXAMPLE, "--cells", "cells.h5ad", "--label", "kind", "--output", "cells.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -49,10 +49,19 @@ def test_token_types(case):
     original, ours = case.pair("AutoModelForMaskedLM")
     batch = {**case.batch("AutoModelForMaskedLM"), "token_type_ids": torch.arange(19).expand(4, 19) % 2}
     keep = batch["attention_mask"].bool()
-    torch.testing.assert_close(ours(**batch).logits[keep], original(**batch).logits[keep], rtol=1e-5, atol=1e-8)
+    expected = original(**batch).logits[keep]
+    torch.testing.assert_close(ours(**batch).logits[keep], expected, rtol=1e-5, atol=1e-8)
+    packed = {name: batch[name][keep][None] for name in ("input_ids", "token_type_ids")}
+    bounds = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
+    torch.testing.assert_close(ours(**packed, cu_seq_lens_q=bounds).logits[0], expected, rtol=1e-5, atol=1e-8)
+    for bad in (-1, 2):
+        with pytest.raises(ValueError, match="token_type_ids must lie between 0 and 1"):
+            ours(batch["input_ids"], token_type_ids=torch.full((4, 19), bad))
 
 
 def test_a_sequence_past_the_position_table_is_refused(case):
     _, ours = case.pair("AutoModel")
     with pytest.raises(ValueError, match="needs 33 positions, but this model has 32"):
         ours(torch.full((1, 33), 7))
+    with pytest.raises(ValueError, match="negative"):
+        ours(torch.full((1, 3), 7), position_ids=torch.tensor([[-1, 0, 1]]))

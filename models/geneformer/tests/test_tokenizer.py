@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import defaultdict
+from fractions import Fraction
 
 import anndata
 import numpy as np
@@ -33,14 +34,16 @@ def cells_of(counts, names=None, **obs):
     return anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=names or GENES[: counts.shape[1]]))
 
 
-def by_the_rules(row, names, token_ids, medians, version, total=None):
-    """One cell, in plain Python."""
-    summed = defaultdict(float)
+def by_the_rules(row, names, token_ids, medians, version):
+    """One cell, in exact fractions, with the total and the 10,000."""
+    summed = defaultdict(int)
     for name, count in zip(names, row, strict=True):
-        summed[name.upper()] += float(count)
-    total = total or sum(summed.values())
+        summed[name.upper()] += int(count)
+    total = sum(summed.values())
     values = {
-        gene: count / total * 10_000 / medians[gene] for gene, count in summed.items() if gene in medians and count
+        gene: Fraction(count, total) * 10_000 / Fraction(medians[gene])
+        for gene, count in summed.items()
+        if gene in medians and count
     }
     ranked = sorted(values, key=lambda gene: (-values[gene], token_ids[gene]))
     tokens = [token_ids[gene] for gene in ranked]
@@ -141,13 +144,47 @@ def test_cells_that_do_not_pass_or_have_no_gene_are_counted(tmp_path):
     assert (report.cells, report.written, report.filtered, report.without_genes) == (4, 1, 1, 2)
 
 
-def test_totals_may_be_stated():
-    """A file cut down to some genes keeps the totals of before; the order of a cell does not depend on them."""
+def test_equal_values_of_unequal_medians_tie():
+    token_ids = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, "A": 4, "B": 5, "unknown": 6}
+    tokenizer = GeneformerTokenizer(token_ids, {"A": 1.5, "B": 1.0, "unknown": 1.0})
+    for other in range(1, 300):  # whatever the total
+        found = tokenizer.encode(cells_of([[2, 3, other]], ["B", "A", "nobody knows"]))
+        assert found["input_ids"].to_pylist() == [[2, 4, 5, 3]]
+
+
+def test_no_cell_at_all(tmp_path):
     tokenizer = GeneformerTokenizer(*dictionaries())
-    plain = tokenizer.encode(cells_of([[4, 2, 3, 1]]))
-    assert tokenizer.encode(cells_of([[4, 2, 3, 1]], n_counts=[1000.0])).equals(plain)
-    with pytest.raises(ValueError, match=r"obs\['n_counts'\] of cell 'cell0' is 7, less than its counts, 10"):
-        tokenizer.encode(cells_of([[4, 2, 3, 1]], n_counts=[7.0]))
+    none = cells_of(np.zeros((0, 5)), age=[])
+    path = write(none, tmp_path / "cells.h5ad", "dense")
+    tokenizer.encode_file(path, tmp_path / "out.parquet", ["age"])
+    for found in (tokenizer.encode(none, ["age"]), pq.read_table(tmp_path / "out.parquet")):
+        assert (found.num_rows, found.column_names) == (0, ["input_ids", "length", "age"])
+    with pytest.raises(ValueError, match="chunk_cells=0 must be at least 1"):
+        tokenizer.encode_file(path, tmp_path / "out", chunk_cells=0)
+
+
+def test_columns_of_obs():
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    kinds = {
+        "day": pd.to_datetime(["2026-01-01", "2026-01-02"]), "ok": [True, False], "nothing": [None, None],
+        "grade": pd.Categorical([3, None]), "mixed": [1, "a"], "length": [9, 9], "filter_pass": [1, 1],
+    }  # fmt: skip
+    cells = cells_of([[1, 2], [2, 1]], **kinds)
+    found = tokenizer.encode(cells, ["day", "ok", "nothing", "grade", "obs_names"])
+    assert found["obs_names"].to_pylist() == ["cell0", "cell1"]
+    assert found["grade"].to_pylist() == [3, None]
+    assert found["length"].to_pylist() == [4, 4]
+    with pytest.raises(ValueError, match="a column length of its own"):
+        tokenizer.encode(cells, ["length"])
+    with pytest.raises(ValueError, match="column mixed of obs cannot be written"):
+        tokenizer.encode(cells, ["mixed"])
+    for bad in (["yes", "no"], [1, None], [2, 1]):
+        cells.obs["filter_pass"] = bad
+        with pytest.raises(ValueError, match="something other than 0 and 1"):
+            tokenizer.encode(cells)
+    cells.obs["filter_pass"] = [0, 0]
+    with pytest.warns(UserWarning, match="no cell passes"):
+        assert tokenizer.encode(cells).num_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -176,8 +213,12 @@ def test_dictionaries(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
         GeneformerTokenizer(tmp_path / "bad.json", medians)
-    with pytest.raises(ValueError, match="not token ids of V2: <cls> is missing, not 2"):
-        GeneformerTokenizer(dictionaries("V1")[0], medians)
+    for other, version in (("V1", "V2"), ("V2", "V1")):
+        with pytest.raises(ValueError, match=f"the special tokens of {version} are"):
+            GeneformerTokenizer(dictionaries(other)[0], medians, version)
+    for wrong in ({GENES[0]: 2}, {GENES[0]: 5}, {GENES[0].lower(): 40}):
+        with pytest.raises(ValueError, match="to several genes, or a special id to one"):
+            GeneformerTokenizer({**token_ids, **wrong}, medians)
     with pytest.raises(ValueError, match=f"1 genes have no positive median, among them {GENES[0]}"):
         GeneformerTokenizer(token_ids, {**medians, GENES[0]: 0})
     with pytest.raises(ValueError, match="version='V3' is unknown"):

@@ -1,6 +1,6 @@
 """cuDNN's attention over packed tokens, with the rotation before it, as one differentiable function.
 
-te.DotProductAttention runs the same kernels but takes the host up to a millisecond a call to choose them.
+te.DotProductAttention runs the same kernels but takes the host half a millisecond a call to choose them.
 Shapes: T packed tokens, B sequences, H heads, D head dim.
 """
 
@@ -36,7 +36,11 @@ def cudnn_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, dropou
 
 
 class _Attention(torch.autograd.Function):
-    """Works in place on qkv, the output of a projection that nothing else reads, and on its gradient."""
+    """Works in place on qkv, the output of a projection that nothing else reads, and on its gradient.
+
+    Autograd is not told (mark_dirty): the projection's own backward does not need its output. A hook on the projection
+    would see rotated values.
+    """
 
     @staticmethod
     def forward(
@@ -56,7 +60,7 @@ class _Attention(torch.autograd.Function):
         }  # fmt: skip
         q, k, v = qkv.unbind(2)
         differentiable = ctx.needs_input_grad[0]
-        context, saved = fused_attn_fwd(is_training=differentiable, q=q, k=k, v=v, **ctx.how)
+        context, saved = fused_attn_fwd(is_training=differentiable or dropout > 0, q=q, k=k, v=v, **ctx.how)
         if differentiable:
             ctx.save_for_backward(qkv, cos, sin, context, *saved)
         return context

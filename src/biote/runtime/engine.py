@@ -15,8 +15,10 @@ def why_not_te() -> str | None:
         return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which TransformerEngine needs"
     try:
         import transformer_engine.pytorch  # noqa: F401
+        import triton  # noqa: F401
+        from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend  # noqa: F401
     except Exception as error:  # a broken install raises OSError or RuntimeError as readily as ImportError
-        return f"transformer_engine cannot be imported ({type(error).__name__}: {error})"
+        return f"TransformerEngine 2.20 or later, with Triton, cannot be imported ({type(error).__name__}: {error})"
     return None
 
 

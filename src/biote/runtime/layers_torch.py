@@ -89,8 +89,13 @@ class Attention(nn.Module):
         return rotate(q, *rotary, scale=scale), rotate(k, *rotary), v
 
     def forward(self, qkv: Tensor, rotary: Rotary | None, packing: Packing) -> Tensor:
-        """qkv [T, H * 3 * D] -> [T, H * D]."""
-        q, k, v = self.queries_keys_values(qkv, rotary)
+        """qkv [T, H * 3 * D] -> [T, H * D]; zero for rows past the packed tokens, which quantised products add."""
+        tokens, surplus = len(packing.positions), len(qkv) - len(packing.positions)
+        q, k, v = (x[:tokens] for x in self.queries_keys_values(qkv, rotary))
+        return F.pad(self._attend(q, k, v, packing), (0, 0, 0, surplus))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """q, k, v [T, H, D] -> [T, H * D]."""
         dropout = self.dropout if self.training else 0.0
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
             bounds, longest = packing.cu_seqlens, packing.max_seqlen

@@ -139,12 +139,13 @@ class BiotePreTrainedModel(PreTrainedModel):
         revision: str | None = None,
         subfolder: str | None = None,
         dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         **config_kwargs: Any,
     ) -> Any:
         """Load an original checkpoint (tag, Hub id or local folder) directly; needs the `biote` package.
 
-        dtype: None keeps the checkpoint's. config_kwargs: fields of this port's configuration, as engine="torch".
+        dtype: None keeps the checkpoint's. device: None is the GPU for the te engine, the CPU for the torch engine.
+        config_kwargs: fields of this port's configuration, as engine="torch".
         """
         try:
             from biote.convert import load_original
@@ -208,14 +209,17 @@ class BiotePreTrainedModel(PreTrainedModel):
 class EncoderModel(BiotePreTrainedModel):
     """Embeddings, blocks and final norm over packed tokens. A port adds `embeddings` and whatever else it has."""
 
-    embeddings: nn.Module  # called with (input_ids [T] or None, inputs_embeds [T, N] or None, packing) -> [T, N]
-    has_token_types = False  # whether `embeddings` takes the types of the tokens, int [T], as a fourth argument
+    # called with (input_ids [T] or None, inputs_embeds [T, N] or None, packing), and with token types [T] if given
+    embeddings: nn.Module  # -> [T, N]
+    token_types = 0  # how many there are; if any, `embeddings` takes them, int [T], as a fourth argument
     max_positions: int | None = None  # longer sequences are refused, as the original cannot run them
 
     def __init__(self, config: EncoderConfig, rope_base: float | None = None):
         super().__init__(config)
         self.engine = resolve_engine(config.engine)
         layers = layers_of(self.engine)
+        if (rope_base is None) != (config.rope == "none"):
+            raise ValueError(f"rope={config.rope!r} does not fit {type(self).__name__}")
         if rope_base is not None:
             self.rotary = RotaryEmbedding(config.hidden_size // config.num_attention_heads, rope_base)
         precisions = layer_precisions(config.layer_precision, config.num_hidden_layers)
@@ -267,7 +271,7 @@ class EncoderModel(BiotePreTrainedModel):
         return Encoded(*self._run(x, packing, bool(keep_states), bool(keep_attentions)))
 
     def _can_replay(self, tokens: Tensor) -> bool:
-        fits = tokens.is_cuda and len(tokens) <= MAX_TOKENS
+        fits = tokens.is_cuda and len(tokens) <= MAX_TOKENS and self.dtype in (torch.float16, torch.bfloat16)
         return self.config.cuda_graphs and fits and not self.training and not torch.is_grad_enabled()
 
     def _run(
@@ -340,13 +344,18 @@ class EncoderModel(BiotePreTrainedModel):
     def _packed_token_types(self, token_type_ids: Tensor | None, packing: Packing) -> tuple[Tensor, ...]:
         if token_type_ids is None:
             return ()
-        if not self.has_token_types:
+        if not self.token_types:
             raise ValueError(f"{type(self).__name__} has no token types; leave token_type_ids out")
-        return (packing.pack(token_type_ids.expand(packing.shape)),)
+        types = packing.pack(token_type_ids.to(packing.positions.device).expand(packing.shape))
+        if not 0 <= int(types.min()) <= int(types.max()) < self.token_types:
+            raise ValueError(f"token_type_ids must lie between 0 and {self.token_types - 1}")
+        return (types,)
 
     def _check_positions(self, packing: Packing, position_ids: Tensor | None) -> None:
         if self.max_positions is None:
             return
+        if position_ids is not None and int(packing.positions.min()) < 0:
+            raise ValueError("position_ids hold negative numbers")
         needed = packing.max_seqlen if position_ids is None else int(packing.positions.max()) + 1
         if needed > self.max_positions:
             raise ValueError(f"a sequence needs {needed} positions, but this model has {self.max_positions}")

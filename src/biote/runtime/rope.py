@@ -49,7 +49,7 @@ class RotaryEmbedding(nn.Module):
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:
     """Turn queries or keys [T, H, D] by the angles of their tokens (cos, sin: [T, D/2]), times `scale`; in float32.
 
-    The original, too, rounds a float64 query to float32 at this point: doing likewise gives the same numbers.
+    A float64 input is rounded to float32 at this point, as transformers does: doing likewise gives the same numbers.
     """
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
     dtype = x.dtype
@@ -58,11 +58,11 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tens
     else:
         x = x.float()
     x = x if scale == 1.0 else x * scale
-    low, high = x.float().chunk(2, -1)
-    turned_low, turned_high = x.float().chunk(
-        2, -1
-    )  # a second cast, so that float64 gradients add up as the original's
-    return torch.cat((low * cos - turned_high * sin, high * cos + turned_low * sin), -1).to(dtype)
+    # two casts, one for each product, so that float64 gradients add up as they do there
+    first, second = x.float(), x.float()
+    low, high = first.chunk(2, -1)
+    low_again, high_again = second.chunk(2, -1)
+    return torch.cat((low * cos - high_again * sin, high * cos + low_again * sin), -1).to(dtype)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:

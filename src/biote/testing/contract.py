@@ -68,7 +68,7 @@ FEW = 500
 # In float32 a GPU's attention kernels add up in another order than the original's products: it shows where the model
 # is this small; at the published shapes NOISE_FACTOR holds (docs/validation).
 GPU_FLOAT32_FACTOR = 1.25
-FP8_BOUND = 0.2  # relative L2 to float64 of a tiny random model in fp8; measured: 0.11 at most
+FP8_BOUND = 0.2  # relative L2 to float64 of a tiny random model in fp8; measured: 0.18 at most
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,10 @@ def _quantities(case: Case, auto: str, model: Any, ours: Any, batch: dict[str, T
 
 
 def assert_noise_floor(case: Case, auto: str, setting: Setting) -> dict[str, Noise]:
-    """At a lower dtype we are at most NOISE_FACTOR times as far from float64 as the original; returns both errors."""
+    """At a lower dtype we are at most NOISE_FACTOR times as far from float64 as the original; returns both errors.
+
+    Gradients, tensors of few numbers, and float32 on a GPU have wider factors: see above.
+    """
     errors = noise(case, auto, setting)
     for key, error in errors.items():
         if setting.dtype == "fp8":
@@ -417,7 +420,11 @@ def assert_gradient_checkpointing(case: Case, auto: str, setting: Setting = EXAC
             enable = getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)  # 5.2x, 5.17
             enable()
         ours.train().zero_grad()
+        runs: list[None] = []
+        hook = ours.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=runs: seen.append(None))
         ours(**batch).loss.backward()
+        hook.remove()
+        assert len(runs) == 1 + checkpointing, "a block runs again in the backward pass if and only if it should"
         gradients.append({name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     plain, recomputed = (torch.cat([gradient.flatten() for gradient in each.values()]) for each in gradients)

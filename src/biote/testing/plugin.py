@@ -48,7 +48,8 @@ def noise_table(rows: list[dict]) -> str:
     cases: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         case = tuple(row[key] for key in ("port", "class", "engine", "dtype"))
-        ratio = f" ({row['error'] / row['error_of_original']:.2f} x)" if row["dtype"] != "float64" else ""
+        floor = row["error_of_original"]
+        ratio = f" ({row['error'] / floor:.2f} x)" if row["dtype"] != "float64" and floor else ""
         cases.setdefault(case, {})[row["quantity"]] = f"{row['error']:.1e}{ratio}"
     lines += [
         "| " + " | ".join([*case, *(found.get(q, "") for q in quantities)]) + " |" for case, found in cases.items()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from biote.convert import convert_model
 from biote.mapping import FuseQKV, Mapping, PadRows, Recompute, Rename, Rule
-from biote.port import Checkpoint, Format, Json, ModelPort
+from biote.port import Checkpoint, Format, Json, ModelPort, refuse_other
 from biote.runtime.rope import inverse_frequencies
 
 from .amplify_te import (
@@ -100,6 +100,7 @@ def _frequencies(config: AmplifyTEConfig) -> Recompute:
         ours=("model.rotary.inv_freq",),
         make=lambda: inverse_frequencies(head_dim, ROPE_BASE),
         why="the original stores no frequencies: it computes them",
+        exact=True,
         keep_dtype=True,
     )
 
@@ -125,8 +126,7 @@ def write_hf_config(config: AmplifyTEConfig, auto: str) -> Json:
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     if config.hidden_act not in names:
         raise ValueError(f"hidden_act={config.hidden_act!r} has no counterpart in the original, whose GELU is exact")
-    if config.rope != "pairs" or config.post_norm:
-        raise ValueError("the original turns pairs of dimensions (rope='pairs') and norms before its layers")
+    refuse_other(config, {"rope": "pairs", "post_norm": False, "tie_word_embeddings": False}, "the original")
     if config.hidden_dropout_prob != config.attention_probs_dropout_prob:
         raise ValueError("the original has one dropout probability; hidden_ and attention_probs_dropout_prob differ")
     ours = config.to_dict()
@@ -142,15 +142,13 @@ def write_hf_config(config: AmplifyTEConfig, auto: str) -> Json:
 
 def write_nvidia_config(config: AmplifyTEConfig, auto: str) -> Json:
     """Ours -> NVIDIA's AMPLIFYConfig JSON; ValueError for what that layout has no place for."""
-    odd = {
-        "hidden_act": config.hidden_act != "swiglu", "rms_norm": not config.rms_norm,
-        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias,
-        "layer_norm_after_embedding": config.layer_norm_after_embedding,
-        "layer_norm_before_last_layer": not config.layer_norm_before_last_layer,
+    published = {
+        "hidden_act": "swiglu", "rms_norm": True, "attention_bias": False, "mlp_bias": False,
+        "layer_norm_after_embedding": False, "layer_norm_before_last_layer": True,
     }  # fmt: skip
-    wrong = [f"{name}={getattr(config, name)!r}" for name, is_odd in odd.items() if is_odd]
-    if wrong:
-        raise ValueError(f"NVIDIA's layout holds the published architecture only, not {', '.join(wrong)}")
+    refuse_other(config, published, "NVIDIA's layout, of the published architecture only,")
+    if config.vocab_size > NVIDIA_VOCABULARY:
+        raise ValueError(f"NVIDIA's layout has {NVIDIA_VOCABULARY} rows of vocabulary, not {config.vocab_size}")
     return {**write_hf_config(config, auto), "padded_vocab_size": NVIDIA_VOCABULARY}
 
 

@@ -10,7 +10,7 @@ from transformers import EsmConfig, PreTrainedModel
 
 from biote.convert import convert_model
 from biote.mapping import Drop, FuseQKV, LeaveOut, Mapping, PadRows, Recompute, Rename, Rule, Shared
-from biote.port import Checkpoint, Format, Json, ModelPort
+from biote.port import Checkpoint, Format, Json, ModelPort, refuse_other
 from biote.runtime.rope import inverse_frequencies
 
 from .esm2_te import (
@@ -27,6 +27,10 @@ WORDS = "model.embeddings.word_embeddings.weight"
 OUR_LAYER, HF_LAYER = "model.layers.{i}.", "esm.encoder.layer.{i}."
 NVIDIA_LAYER = "model.encoder.layers.{i}."
 HF_INV_FREQ = "rotary_embeddings.inv_freq"
+ARCHITECTURE: Json = {  # what every ESM-2 has, in fields of our configuration
+    "rms_norm": False, "attention_bias": True, "mlp_bias": True, "rope": "half", "post_norm": False,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 NVIDIA_VOCABULARY = 64  # rows of the vocabulary in NVIDIA's padded checkpoints
 SAME_NAMES = (  # fields that EsmConfig and ours have in common
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps",
@@ -165,10 +169,7 @@ def _common_config(theirs: Json) -> Esm2TEConfig:
 
 def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> EsmConfig's JSON."""
-    if config.hidden_act != "gelu":
-        raise ValueError(
-            f"hidden_act={config.hidden_act!r} has no counterpart in transformers' ESM, whose GELU is exact"
-        )
+    refuse_other(config, {**ARCHITECTURE, "hidden_act": "gelu"}, "transformers' ESM, whose GELU is exact,")
     if not config.contact_head:
         raise ValueError("transformers' ESM has a contact head, which this checkpoint lacks (it came from NVIDIA)")
     return {"model_type": "esm", **_written(config)}
@@ -176,6 +177,7 @@ def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
 
 def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> NVEsmConfig's JSON."""
+    refuse_other(config, ARCHITECTURE, "NVIDIA's layout")
     return {
         "model_type": "nv_esm",
         **_written(config),

@@ -1,5 +1,7 @@
 """Geneformer on TransformerEngine. Importing this package registers its classes with transformers' Auto classes."""
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,7 +19,9 @@ from .geneformer_te import (
     GeneformerTEForTokenClassification,
     GeneformerTEModel,
 )
-from .tokenizer import GeneformerTokenizer
+
+if TYPE_CHECKING:
+    from .tokenizer import GeneformerTokenizer
 
 __all__ = [
     "GeneformerTEConfig",
@@ -37,3 +41,12 @@ AutoModel.register(GeneformerTEConfig, GeneformerTEModel)
 AutoModelForMaskedLM.register(GeneformerTEConfig, GeneformerTEForMaskedLM)
 AutoModelForTokenClassification.register(GeneformerTEConfig, GeneformerTEForTokenClassification)
 AutoModelForSequenceClassification.register(GeneformerTEConfig, GeneformerTEForSequenceClassification)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the tokenizer when it is asked for: its libraries would cost every command two hundred megabytes."""
+    if name == "GeneformerTokenizer":
+        from .tokenizer import GeneformerTokenizer
+
+        return GeneformerTokenizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from transformers import BertConfig, PreTrainedModel
 
 from biote.convert import convert_model
 from biote.mapping import Drop, FuseQKV, Mapping, Rename, Rule, Shared
-from biote.port import Checkpoint, Format, Json, ModelPort
+from biote.port import Checkpoint, Format, Json, ModelPort, refuse_other
 
 from .geneformer_te import (
     GeneformerTEConfig,
@@ -109,6 +109,11 @@ def read_hf_config(theirs: Json) -> GeneformerTEConfig:
 
 def write_hf_config(config: GeneformerTEConfig, auto: str) -> Json:
     """Ours -> BertConfig's JSON."""
+    architecture = {
+        "rms_norm": False, "attention_bias": True, "mlp_bias": True, "rope": "none", "post_norm": True,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    refuse_other(config, architecture, "transformers' BERT")
     if config.hidden_act not in ("relu", "gelu"):
         raise ValueError(f"hidden_act={config.hidden_act!r} has no counterpart in the original")
     ours = config.to_dict()
@@ -126,7 +131,8 @@ def build_hf(theirs: Json, auto: str) -> PreTrainedModel:
 def load_hf(folder: Path, auto: str, dtype: torch.dtype) -> PreTrainedModel:
     """The original, loaded by transformers itself; eager attention, which can return attention maps."""
     cls = getattr(transformers, HF_CLASSES[auto])
-    return cls.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    bare = {"add_pooling_layer": False} if auto == "AutoModel" else {}
+    return cls.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **bare).eval()
 
 
 HF_CLASSES = {

@@ -76,12 +76,11 @@ class GeneformerTEModel(EncoderModel):
     """The encoder. Its hidden states are the embeddings of genes; `embeddings.py` takes means of them."""
 
     config_class = GeneformerTEConfig
-    has_token_types = True
 
     def __init__(self, config: GeneformerTEConfig):
         super().__init__(config)
         self.embeddings = Embeddings(config)
-        self.max_positions = config.max_position_embeddings
+        self.max_positions, self.token_types = config.max_position_embeddings, config.type_vocab_size
         self.post_init()
 
     def original_states(self, states: list[Tensor], last: Tensor) -> list[Tensor]:

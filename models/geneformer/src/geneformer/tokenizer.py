@@ -27,7 +27,6 @@ from scipy import sparse
 
 SPECIAL_TOKENS = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}  # ids 0, 1, 2, 3
 MOST_GENES = {"V1": 2048, "V2": 4094}
-TARGET_SUM = 10_000
 CHUNK = 1024  # cells in memory at a time
 
 
@@ -58,9 +57,10 @@ class GeneformerTokenizer:
     of the original's corpus.
 
     The rules: Ensembl ids in capitals, counts of equal ids summed, genes outside the dictionary left out; each count
-    over the cell's total of ALL genes (obs["n_counts"] if there, else the sum), times 10,000, over the gene's median;
-    zeros dropped; by falling value. Equal values go by rising token id, whatever the order of genes in the file. V1
-    keeps the first 2048 genes; V2 keeps 4094, between <cls> and <eos>.
+    over the cell's total of all genes, times 10,000, over the gene's median; zeros dropped; by falling value. Total
+    and 10,000 are the same for all genes of a cell and cannot change their order, so they are not computed, and their
+    rounding makes no difference between equal values: those go by rising token id, whatever the order of genes in the
+    file. V1 keeps the first 2048 genes; V2 keeps 4094, between <cls> and <eos>.
     """
 
     def __init__(
@@ -69,16 +69,18 @@ class GeneformerTokenizer:
         if version not in SPECIAL_TOKENS:
             raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(SPECIAL_TOKENS)}")
         self.version = version
-        self.token_ids = {key if key.startswith("<") else key.upper(): int(v) for key, v in _read(token_ids).items()}
+        self.token_ids = {key: int(number) for key, number in _read(token_ids).items()}
         self.medians = {key.upper(): float(value) for key, value in _read(medians).items()}
-        wrong = [
-            f"{token} is {self.token_ids.get(token, 'missing')}, not {number}"
-            for number, token in enumerate(SPECIAL_TOKENS[version])
-            if self.token_ids.get(token) != number
-        ]
-        if wrong:
-            raise ValueError(f"these are not token ids of {version}: {'; '.join(wrong)}")
-        self.genes = {key: number for key, number in self.token_ids.items() if not key.startswith("<")}
+        special = {key: number for key, number in self.token_ids.items() if key.startswith("<")}
+        expected = {token: number for number, token in enumerate(SPECIAL_TOKENS[version])}
+        if special != expected:
+            raise ValueError(f"the special tokens of {version} are {expected}; the dictionary has {special}")
+        self.genes = {key.upper(): number for key, number in self.token_ids.items() if not key.startswith("<")}
+        numbers = set(self.genes.values())
+        if len(numbers) + len(special) < len(self.token_ids) or min(numbers, default=0) < len(special):
+            raise ValueError(
+                "the dictionary gives one token id, or one gene, to several genes, or a special id to one"
+            )
         lacking = sorted(gene for gene in self.genes if not self.medians.get(gene, 0) > 0)
         if lacking:
             raise ValueError(f"{len(lacking)} genes have no positive median, among them {', '.join(lacking[:3])}")
@@ -86,10 +88,14 @@ class GeneformerTokenizer:
     def encode(self, cells: anndata.AnnData, obs_columns: Sequence[str] = (), layer: str | None = None) -> pa.Table:
         """Cells in memory -> table with input_ids (list of int32), length (int32) and the chosen columns of obs.
 
+        obs_columns: names of columns; "obs_names" stands for the cells' own names.
+
         layer: where the raw counts are, if not in X. ValueError for what cannot be counts; cells that have none of the
         dictionary's genes are left out, with a warning that says how many.
         """
         counts = cells.X if layer is None else _layer(cells.layers, layer)
+        if counts is None:
+            raise ValueError("the cells have no X: choose a layer")
         source = _Source(counts, cells.obs, cells.var)
         report = Encoded()
         tables = list(self._tables(source, obs_columns, report, CHUNK))
@@ -110,6 +116,8 @@ class GeneformerTokenizer:
         file appears whole or not at all.
         """
         h5ad, parquet = Path(h5ad), Path(parquet)
+        if chunk_cells < 1:
+            raise ValueError(f"chunk_cells={chunk_cells} must be at least 1")
         if parquet.exists():
             raise FileExistsError(f"{parquet} exists already; remove it or choose another name")
         if not h5ad.is_file():
@@ -131,31 +139,26 @@ class GeneformerTokenizer:
     def _tables(
         self, source: _Source, obs_columns: Sequence[str], report: Encoded, chunk_cells: int
     ) -> Iterator[pa.Table]:
-        missing = sorted(set(obs_columns) - set(source.obs.columns))
-        if missing:
-            raise ValueError(f"obs has no column {', '.join(missing)}; it has {', '.join(source.obs.columns)}")
-        columns = pa.Table.from_pandas(source.obs[list(obs_columns)], preserve_index=False)
-        columns = columns.cast(pa.schema([_plain(field) for field in columns.schema]))
+        columns = {name: _obs_column(source.obs, name) for name in obs_columns}
+        passing = _passing(source.obs)
         selector, token_ids, medians = self._known_genes(source.var)
-        starts = range(0, len(source.obs), chunk_cells)
+        starts = range(0, max(len(source.obs), 1), chunk_cells)  # one empty table if there is no cell
         quiet = not sys.stderr.isatty()
         for start in track(starts, "encoding cells", console=Console(stderr=True), disable=quiet, transient=True):
             rows = slice(start, min(start + chunk_cells, len(source.obs)))
-            counts, totals = _checked_counts(source, rows)
-            passing = _passing(source.obs.iloc[rows])
-            ranked = self._ranked(counts @ selector, totals, token_ids, medians)
-            kept = [index for index, tokens in enumerate(ranked) if passing[index] and len(tokens)]
+            ranked = self._ranked(_checked_counts(source, rows) @ selector, token_ids, medians)
+            kept = [index for index, tokens in enumerate(ranked) if passing[start + index] and len(tokens)]
             report.cells += len(ranked)
             report.written += len(kept)
-            report.filtered += int((~passing).sum())
-            report.without_genes += int(passing.sum()) - len(kept)
+            report.filtered += int((~passing[rows]).sum())
+            report.without_genes += int(passing[rows].sum()) - len(kept)
             cells = [self._with_specials(ranked[index]) for index in kept]
             lengths = np.array([len(cell) for cell in cells], dtype=np.int32)
             ends = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
             flat = np.concatenate([np.empty(0, np.int32), *cells])
             made = {"input_ids": pa.ListArray.from_arrays(ends, flat), "length": pa.array(lengths)}
             places = pa.array([start + index for index in kept], pa.int64())
-            yield pa.table({**made, **{name: columns[name].take(places) for name in obs_columns}})
+            yield pa.table({**made, **{name: column.take(places) for name, column in columns.items()}})
 
     def _known_genes(self, var: pd.DataFrame) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
         """A 0/1 matrix [G, K] that picks and sums the known genes, by rising token id; their ids and medians [K]."""
@@ -175,14 +178,11 @@ class GeneformerTokenizer:
         by_id = {number: gene for gene, number in self.genes.items()}
         return selector, token_ids, np.array([self.medians[by_id[number]] for number in token_ids])
 
-    def _ranked(
-        self, counts: sparse.csr_matrix, totals: np.ndarray, token_ids: np.ndarray, medians: np.ndarray
-    ) -> list[np.ndarray]:
+    def _ranked(self, counts: sparse.csr_matrix, token_ids: np.ndarray, medians: np.ndarray) -> list[np.ndarray]:
         """Counts of known genes [B, K] -> each cell's token ids, by falling value."""
         counts.sort_indices()
         counts.eliminate_zeros()
-        cell_of = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-        falling = -(counts.data / totals[cell_of] * TARGET_SUM / medians[counts.indices])
+        falling = -counts.data / medians[counts.indices]
         ranked = []
         for start, end in zip(counts.indptr, counts.indptr[1:], strict=False):
             order = np.argsort(falling[start:end], kind="stable")[: MOST_GENES[self.version]]
@@ -215,6 +215,10 @@ def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
 
 
 def _open(file: h5py.File, layer: str | None) -> _Source:
+    if layer is None and "X" not in file:
+        raise ValueError("the file has no X: choose a layer")
+    if isinstance(file["obs"], h5py.Dataset):
+        raise ValueError("anndata before 0.7 wrote the file; write it anew: anndata.read_h5ad(...).write_h5ad(...)")
     element = file["X"] if layer is None else _layer(file.get("layers", {}), layer)
     counts: Any = element
     if isinstance(element, h5py.Group):
@@ -231,8 +235,8 @@ def _layer(layers: Mapping[str, Any], name: str) -> Any:
     return layers[name]
 
 
-def _checked_counts(source: _Source, rows: slice) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Raw counts [B, G] and totals [B] of some cells; ValueError that names a cell for what cannot be counts."""
+def _checked_counts(source: _Source, rows: slice) -> sparse.csr_matrix:
+    """Raw counts [B, G] of some cells; ValueError that names a cell for what cannot be counts."""
     counts = sparse.csr_matrix(source.counts[rows], dtype=np.float64)
     names = source.obs.index[rows]
     for problem, bad in (
@@ -246,31 +250,36 @@ def _checked_counts(source: _Source, rows: slice) -> tuple[sparse.csr_matrix, np
         if bad.any():
             cell = int(np.searchsorted(counts.indptr, np.flatnonzero(bad)[0], side="right")) - 1
             raise ValueError(f"cell {names[cell]!r} has {problem}")
-    totals = np.asarray(counts.sum(1)).ravel()
-    if "n_counts" in source.obs:
-        stated = source.obs["n_counts"].iloc[rows].to_numpy(np.float64)
-        short = np.flatnonzero(~(stated >= totals * (1 - 1e-6)))
-        if len(short):
-            cell = short[0]
-            raise ValueError(
-                f"obs['n_counts'] of cell {names[cell]!r} is {stated[cell]:g}, less than its counts, {totals[cell]:g}"
-            )
-        totals = stated
-    return counts, totals
+    return counts
 
 
 def _passing(obs: pd.DataFrame) -> np.ndarray:
+    """bool [cells]: obs["filter_pass"] == 1, where there is such a column; ValueError if it is not all 0 and 1."""
     if "filter_pass" not in obs:
         return np.ones(len(obs), dtype=bool)
-    return obs["filter_pass"].to_numpy() == 1
+    passing = pd.to_numeric(obs["filter_pass"].astype(object), errors="coerce")
+    if not passing.isin((0, 1)).all():
+        raise ValueError("obs['filter_pass'] holds something other than 0 and 1")
+    return passing.to_numpy() == 1
 
 
-def _plain(field: pa.Field) -> pa.Field:
-    """Categories become what they stand for."""
-    return pa.field(field.name, field.type.value_type) if pa.types.is_dictionary(field.type) else field
+def _obs_column(obs: pd.DataFrame, name: str) -> pa.ChunkedArray:
+    """A column of obs, categories as what they stand for; "obs_names" are the cells' names."""
+    if name in ("input_ids", "length"):
+        raise ValueError(f"the output has a column {name} of its own: rename that of obs")
+    if name not in obs and name != "obs_names":
+        raise ValueError(f"obs has no column {name}; it has {', '.join(obs.columns)}")
+    values = obs.index.to_series() if name == "obs_names" else obs[name]
+    try:
+        column = pa.table({name: pa.array(values, from_pandas=True)})[name]
+        return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"the column {name} of obs cannot be written to parquet: {error}") from error
 
 
 def _warn(report: Encoded) -> None:
+    if report.filtered and report.filtered == report.cells:
+        warnings.warn("no cell passes obs['filter_pass']", stacklevel=3)
     if report.without_genes:
         warnings.warn(
             f"{report.without_genes} of {report.cells} cells have no gene of the dictionary and were left out",
