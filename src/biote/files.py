@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED_BYTES = 2**26  # of a source, kept in memory at most before it is opened anew, which takes milliseconds
+MAPPED_BYTES = 2**25  # of a source, kept in memory at most before it is opened anew, which takes milliseconds
 WRITE_BYTES = 2**20  # one write of a whole tensor takes Linux's page cache up to five times as long
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPE_NAMES = {
