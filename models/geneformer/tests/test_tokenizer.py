@@ -5,7 +5,6 @@ import pickle
 from collections import defaultdict
 from fractions import Fraction
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -14,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from geneformer import GeneformerTokenizer
+anndata = pytest.importorskip(
+    "anndata", reason="the tokenizer reads AnnData; pip install -e models/geneformer brings it"
+)
+from geneformer import GeneformerTokenizer  # noqa: E402 (it imports anndata)
 
 SPECIAL = {"V1": ["<pad>", "<mask>"], "V2": ["<pad>", "<mask>", "<cls>", "<eos>"]}
 GENES = [f"ENSG{number:011}" for number in range(40)]
