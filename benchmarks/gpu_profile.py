@@ -10,18 +10,18 @@ from common import provenance, write_result
 from gpu_speed import PACKAGES, WARM_UPS, Batch, forward_and_backward, ours
 from torch.profiler import ProfilerActivity, profile
 
-CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
-    ("650M", 43_000, False, {}),
-    ("650M", 43_000, False, {"layer_precision": "fp8"}),
-    ("650M", 43_000, True, {}),
-    ("650M", 10_000, True, {}),
+CASES: list[tuple[str, str, bool, dict[str, Any]]] = [
+    ("650M", "43000", False, {}),
+    ("650M", "43000", False, {"layer_precision": "fp8"}),
+    ("650M", "43000", True, {}),
+    ("650M", "10000", True, {}),
 ]
 SHOWN = 24
 
 
-def profiled(model: str, tokens: int, training: bool, fields: dict[str, Any]) -> dict[str, Any]:
+def profiled(model: str, tokens: str, training: bool, fields: dict[str, Any]) -> dict[str, Any]:
     """Totals in milliseconds of one step, and the largest entries."""
-    batch = Batch(tokens)
+    batch = Batch(model, tokens)
     built = ours(model, "te", **fields).train(training)
     labels = batch.packed["input_ids"]
 

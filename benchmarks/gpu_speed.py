@@ -2,7 +2,9 @@
 
 "NVIDIA recipe" is a stack of te.TransformerLayer over packed tokens (THD) with TE's rotary embedding, as NVIDIA's
 ports ship it. Every side ends in the masked-LM logits; training adds the loss and backward. Medians.
-Shapes: T packed tokens, B proteins, S padded length, N hidden size.
+A case is MODEL:TOKENS:forward or :training. TOKENS is about how many, as proteins of random lengths, or BxS for B
+sequences of S tokens.
+Shapes: T packed tokens, B sequences, S padded length, N hidden size.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from biote.runtime.modeling import EncoderConfig
 
 TAGS = {
     "8M": "esm2_t6_8M_UR50D", "650M": "esm2_t33_650M_UR50D", "3B": "esm2_t36_3B_UR50D", "AMPLIFY 350M": "AMPLIFY_350M",
+    "Geneformer 316M": "Geneformer-V2-316M",
 }  # fmt: skip
 AUTO = "AutoModelForMaskedLM"
 COMPILED = ("650M",)
@@ -34,8 +37,15 @@ COMPILED_TOKENS = range(1_000, 12_000)  # compiled sides take long to build; els
 Step = Callable[[], Tensor]
 
 
-def lengths_of(tokens: int) -> list[int]:
-    """Protein-like lengths (log-normal, median 270, at most 1024 tokens) that make about `tokens` tokens."""
+def lengths_of(case: str) -> list[int]:
+    """BxS: B sequences of S tokens; else protein-like lengths that make about so many tokens.
+
+    Protein-like: log-normal, median 270, at most 1024 tokens.
+    """
+    if "x" in case:
+        sequences, length = case.split("x")
+        return [int(length)] * int(sequences)
+    tokens = int(case)
     if tokens <= 1024:
         return [tokens]
     generator = torch.Generator().manual_seed(0)
@@ -50,11 +60,12 @@ def lengths_of(tokens: int) -> list[int]:
 class Batch:
     """One batch, padded and packed."""
 
-    def __init__(self, tokens: int):
+    def __init__(self, model: str, tokens: str):
         self.lengths = lengths_of(tokens)
         self.tokens = sum(self.lengths)
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(4, 24, (self.tokens,), generator=generator)
+        last = 24 if tagged(TAGS[model])[0].build_tokenizer else config_of(model).vocab_size  # amino acids, or genes
+        ids = torch.randint(4, last, (self.tokens,), generator=generator)
         mask = torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]
         rows = torch.ones(mask.shape, dtype=torch.long)
         rows[mask] = ids
@@ -95,38 +106,43 @@ def ours(model: str, engine: str, compiled: bool = False, **fields: Any) -> Any:
 
 
 class NvidiaRecipe(nn.Module):
-    """Embedding, te.TransformerLayer stack in THD, final norm, masked-LM head."""
+    """Embedding, te.TransformerLayer stack in THD, final norm (post-norm: first norm), masked-LM head."""
 
     def __init__(self, model: str):
         super().__init__()
         config = config_of(model)
         hidden, heads = config.hidden_size, config.num_attention_heads
-        self.embeddings = nn.Embedding(64, hidden)
+        self.embeddings = nn.Embedding(config.vocab_size, hidden)
+        self.post_norm = config.post_norm
         self.layers = nn.ModuleList(
             te.TransformerLayer(
                 hidden, config.feed_forward_width, heads, hidden_dropout=0.0, attention_dropout=0.0,
                 layernorm_epsilon=1e-5, self_attn_mask_type="padding", attn_input_format="thd",
                 activation=config.hidden_act, bias=config.mlp_bias, rotary_pos_interleaved=config.rope == "pairs",
                 normalization="RMSNorm" if config.rms_norm else "LayerNorm", fuse_qkv_params=True,
-                qkv_weight_interleaved=True, params_dtype=torch.bfloat16, layer_number=number + 1,
+                qkv_weight_interleaved=True, output_layernorm=config.post_norm,
+                apply_residual_connection_post_layernorm=config.post_norm, params_dtype=torch.bfloat16, layer_number=number + 1,
             )
             for number in range(config.num_hidden_layers)
         )  # fmt: skip
-        self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads, interleaved=config.rope == "pairs")
-        self.final_norm = (te.RMSNorm if config.rms_norm else te.LayerNorm)(hidden)
+        self.rotary = None
+        if config.rope != "none":
+            self.rotary = te.attention.RotaryPositionEmbedding(hidden // heads, interleaved=config.rope == "pairs")
+        self.norm = (te.RMSNorm if config.rms_norm else te.LayerNorm)(hidden)
         small = {**tagged(TAGS[model])[1].shape, "num_hidden_layers": 1, "engine": "torch"}
         port = tagged(TAGS[model])[0]
         self.head = port.classes[AUTO](port.config_class(**small)).lm_head
 
     def forward(self, input_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int) -> Tensor:
         x = self.embeddings(input_ids[0])
-        frequencies = self.rotary(max_seq_len=1024)
+        x = self.norm(x) if self.post_norm else x
+        frequencies = None if self.rotary is None else self.rotary(max_seq_len=1024)
         for layer in self.layers:
             x = layer(
                 x, rotary_pos_emb=frequencies, cu_seqlens_q=cu_seq_lens_q, cu_seqlens_kv=cu_seq_lens_q,
                 max_seqlen_q=max_length_q, max_seqlen_kv=max_length_q,
             )  # fmt: skip
-        return self.head(self.final_norm(x))
+        return self.head(x if self.post_norm else self.norm(x))
 
 
 def forward_and_backward(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
@@ -231,17 +247,18 @@ def floor_ms(model: str, batch: Batch, rates: dict[str, float]) -> float:
     up = 2 * width if config.hidden_act == "swiglu" else width
     weights = 4 * hidden**2 + (up + width) * hidden
     products = 2 * weights * batch.tokens
+    decoder = 2 * hidden * config.vocab_size * batch.tokens
     attention = sum(4 * length**2 * hidden for length in batch.lengths)
     least_bytes = 2 * batch.tokens * (8 * hidden + up + width) + 2 * weights
     seconds = (products + attention) / rates["bf16_tflops"] / 1e12 + least_bytes / rates["copy_tb_s"] / 1e12
-    return 1e3 * config.num_hidden_layers * seconds
+    return 1e3 * (config.num_hidden_layers * seconds + decoder / rates["bf16_tflops"] / 1e12)
 
 
-def rows(model: str, tokens: int, training: bool, wanted: list[str], rates: dict[str, float]) -> Iterator[dict]:
-    batch = Batch(tokens)
+def rows(model: str, tokens: str, training: bool, wanted: list[str], rates: dict[str, float]) -> Iterator[dict]:
+    batch = Batch(model, tokens)
     common = {
         "model": model, "mode": "training" if training else "forward", "tokens": batch.tokens,
-        "proteins": len(batch.lengths), "padded_tokens": len(batch.lengths) * max(batch.lengths),
+        "sequences": len(batch.lengths), "padded_tokens": len(batch.lengths) * max(batch.lengths),
         "floor_ms": floor_ms(model, batch, rates) * (3 if training else 1),
     }  # fmt: skip
     for name, build in sides(model, batch, training).items():
@@ -266,6 +283,8 @@ def main() -> None:
         "650M:300:forward", "650M:10000:forward", "650M:43000:forward", "650M:10000:training", "650M:43000:training",
         "AMPLIFY 350M:300:forward", "AMPLIFY 350M:10000:forward", "AMPLIFY 350M:43000:forward",
         "AMPLIFY 350M:43000:training", "3B:16000:forward", "8M:300:forward",
+        "Geneformer 316M:1x2048:forward", "Geneformer 316M:16x2048:forward", "Geneformer 316M:8x4096:forward",
+        "Geneformer 316M:16x2048:training", "Geneformer 316M:8x4096:training",
     ])  # fmt: skip
     parser.add_argument("--sides", nargs="*", default=[], help="only these")
     parser.add_argument("--output", type=Path, required=True, help="the .json file")
@@ -275,11 +294,11 @@ def main() -> None:
     record = {**provenance(PACKAGES), "device": torch.cuda.get_device_name(), "ceilings": rates, "rows": []}
     for case in arguments.cases:
         model, tokens, mode = case.split(":")
-        for row in rows(model, int(tokens), mode == "training", arguments.sides, rates):
+        for row in rows(model, tokens, mode == "training", arguments.sides, rates):
             record["rows"].append(row)
             ms = row["note"] if row["ms"] is None else f"{row['ms']:9.2f} ms  host {row['host_ms']:8.2f} ms"
             rate = f"{row.get('tokens_per_s', 0):10,.0f} tok/s  floor {row['floor_ms']:.2f} ms"
-            print(f"{case:22} {row['side']:28} {ms} {rate}", flush=True)
+            print(f"{case:31} {row['side']:28} {ms} {rate}", flush=True)
             write_result(arguments.output, record)  # as it goes: a run cut short keeps what it has
 
 

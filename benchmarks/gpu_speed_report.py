@@ -26,7 +26,7 @@ def table(record: dict[str, Any]) -> str:
     for case, rows in groupby(record["rows"], case_of):
         sides = {row["side"]: row for row in rows}
         first = next(iter(sides.values()))
-        lines += [f"\n**{case}** ({first['proteins']} proteins; floor {first['floor_ms']:.1f} ms)\n"]
+        lines += [f"\n**{case}** ({first['sequences']} sequences, floor {first['floor_ms']:.1f} ms)\n"]
         lines += ["| side | ms | host ms | real tokens/s | x NVIDIA recipe | x original | peak GB |", "|---" * 7 + "|"]
         recipe, padded = (sides.get(name, {}).get("ms") for name in (BASELINE, "original padded"))
         for name, row in sides.items():

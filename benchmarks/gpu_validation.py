@@ -1,5 +1,6 @@
-"""Both engines on a GPU against the original in float64, on the example proteins: one row a size, engine and dtype.
+"""Both engines on a GPU against the original in float64: one row a size, engine and dtype.
 
+Inputs are the example proteins, or for a model without a tokenizer of text, random genes: see `inputs_of`.
 Each row has our error beside the original's own at that dtype (fp8: bf16), as relative L2 over real tokens.
 The model is exported and loaded from the export, as a user would. Shapes are the published ones, weights random.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from common import HERE, provenance, random_original, tagged, write_result
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 sys.path.append(str(HERE.parent / "examples"))
@@ -24,6 +26,7 @@ from biote.runtime.engine import why_not_te
 from biote.runtime.precision import FP8_RECIPES
 from biote.runtime.verify import DTYPES, NOISE_FACTOR, outputs_of, relative_l2
 
+CELLS = (2048, 1300, 600, 90)  # genes of each random cell
 FP8_BOUND = 0.2  # relative L2; three bits of mantissa in every product
 PACKAGES = ("torch", "transformers", "biote", "transformer_engine")
 
@@ -34,10 +37,7 @@ def rows(tag: str, dtypes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     load = tagged(tag)[0].formats["hf"].load
     assert load is not None
     export(str(original), folder / "exported")
-    batch = AutoTokenizer.from_pretrained(folder / "exported")(
-        list(read_fasta(PROTEINS).values()), padding=True, return_tensors="pt"
-    )
-    inputs = (batch["input_ids"].cuda(), batch["attention_mask"].cuda())
+    inputs = inputs_of(tag, folder / "exported")
     reference = _run(load(original, "AutoModelForMaskedLM", torch.float64), inputs)
     in_bf16 = _run(load(original, "AutoModelForMaskedLM", torch.bfloat16), inputs)
     yield from _fp8_rows(tag, folder, inputs, reference, in_bf16)
@@ -55,6 +55,20 @@ def rows(tag: str, dtypes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
                     "model": tag, "engine": engine, "dtype": name, "quantity": quantity, "error": error,
                     "error_of_original": floor, "ratio": error / floor, "passed": error <= NOISE_FACTOR * floor,
                 }  # fmt: skip
+
+
+def inputs_of(tag: str, exported: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, int64 [B, S] on the GPU: the example proteins, or random cells."""
+    port, checkpoint = tagged(tag)
+    if port.build_tokenizer is None:
+        generator = torch.Generator().manual_seed(SEED)
+        genes = range(4, checkpoint.shape["vocab_size"])
+        cells = [torch.randperm(len(genes), generator=generator)[:length] + genes.start for length in CELLS]
+        mask = torch.arange(max(CELLS)) < torch.tensor(CELLS)[:, None]
+        return pad_sequence(cells, batch_first=True).cuda(), mask.long().cuda()
+    proteins = list(read_fasta(PROTEINS).values())
+    batch = AutoTokenizer.from_pretrained(exported)(proteins, padding=True, return_tensors="pt")
+    return batch["input_ids"].cuda(), batch["attention_mask"].cuda()
 
 
 def _fp8_rows(
@@ -79,7 +93,7 @@ def _fp8_rows(
 
 
 def _loss(outputs: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Cross-entropy of the logits against the residues themselves, over real tokens."""
+    """Cross-entropy of the logits against the tokens themselves, over real tokens."""
     ids, mask = (x.cpu() for x in inputs)
     return float(torch.nn.functional.cross_entropy(outputs["logits"][mask.bool()], ids[mask.bool()]))
 
@@ -105,7 +119,11 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "AMPLIFY_120M"])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["esm2_t6_8M_UR50D", "esm2_t33_650M_UR50D", "AMPLIFY_120M", "Geneformer-V2-316M"],
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--output", type=Path, required=True, help="folder for the .json and the .md")
     arguments = parser.parse_args()

@@ -44,6 +44,23 @@ def test_add_norm(dtype, width):
     compare(lambda x, w, b: add_norm(x, None, w, b, 1e-5), lambda x, w, b: (x, plain(x, 0 * x, w, b)[1]), first, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_add_norm_of_a_post_norm_block(dtype):
+    from biote.runtime.kernels import add_norm
+
+    def plain(x, delta, weight, bias):
+        norm = F.layer_norm(x + delta, (320,), weight, bias, 1e-12)
+        return norm, norm
+
+    inputs = [randn(T, 320), randn(T, 320) + 3, randn(320), randn(320)]
+    compare(lambda *args: add_norm(*args, 1e-12, post=True), plain, inputs, dtype)
+    low = [x.to("cuda", dtype) for x in inputs]
+    with torch.no_grad():  # another way through the kernel: the sum is not kept
+        stream, norm = add_norm(*low, 1e-12, post=True)
+    assert stream is norm
+    assert relative(norm, plain(*(x.double() for x in low))[0]) < TOLERANCE[dtype]
+
+
 def turned(qkv, cos, sin, scale, pairs):
     """Queries and keys turned as complex numbers, [T, H, 3, D] in float64."""
     turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None, None]
@@ -107,6 +124,41 @@ def test_rotary_attention(dtype, pairs):
     assert relative(qkv.grad, exact.grad) < 2 * TOLERANCE[dtype]
 
 
+def test_dropout_of_attention():
+    """Values that are unit vectors show which weights cuDNN drops; the same seed drops them again."""
+    from biote.runtime.attention_te import cudnn_attention
+    from biote.runtime.packing import Packing
+
+    lengths, kept = [24, 17], 0.75
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    positions = torch.cat([torch.arange(n) for n in lengths]).cuda()
+
+    def attend(qkv):
+        torch.manual_seed(3)
+        return cudnn_attention(qkv * 1, None, Packing(bounds, 24, positions, (1, 41), None), 1 - kept, "none")
+
+    qkv = randn(41, H, 3, D).to("cuda", torch.bfloat16).requires_grad_()
+    units = qkv.detach().clone()
+    units[:, :, 2] = torch.eye(D).cuda()[positions][:, None]
+    dropped = attend(units) == 0  # [T, H, key in its sequence]
+    exact = qkv.detach().double().requires_grad_()
+    pieces = []
+    for piece, gone in zip(exact.split(lengths), dropped.split(lengths), strict=True):
+        q, k, v = piece.unbind(2)
+        weights = (torch.einsum("lhd,mhd->hlm", q, k) * D**-0.5).softmax(-1)
+        weights = weights.masked_fill(gone.transpose(0, 1)[:, :, : len(piece)], 0) / kept
+        pieces.append(torch.einsum("hlm,mhd->lhd", weights, v))
+    expected, found = torch.cat(pieces), attend(qkv)
+    share = float(torch.cat([gone[..., :n].flatten() for gone, n in zip(dropped.split(lengths), lengths, strict=True)])
+                  .double().mean())  # fmt: skip
+    assert abs(share - (1 - kept)) < 0.03
+    assert relative(found, expected) < 2 * TOLERANCE[torch.bfloat16]
+    gradient = randn(41, H, D).to("cuda", torch.bfloat16)
+    found.backward(gradient)
+    expected.backward(gradient.double())
+    assert relative(qkv.grad, exact.grad) < 3 * TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.fp8
 def test_quantised_outputs():
     from transformer_engine.pytorch import DType, Float8Quantizer
@@ -127,6 +179,10 @@ def test_quantised_outputs():
             lambda: add_norm(x, delta, weight, bias, 1e-5)[1],
             lambda q: add_norm_quantised(x, delta, weight, bias, 1e-5, q)[1],
         ),
+        (
+            lambda: add_norm(x, delta, weight, bias, 1e-5, post=True)[1],
+            lambda q: add_norm_quantised(x, delta, weight, bias, 1e-5, q, post=True)[1],
+        ),
         (lambda: gelu(x), lambda q: gelu_quantised(x, q)),
         (lambda: swiglu(x), lambda q: swiglu_quantised(x, q)),
     ):
@@ -136,6 +192,12 @@ def test_quantised_outputs():
         assert float((found.dequantize().double() - expected).norm() / expected.norm()) < 0.04
         found = quantised(Float8Quantizer(scale * 1000, amax, DType.kFloat8E4M3))
         assert float(found.dequantize().abs().max()) <= 448 / 16000 * 1.01, "saturates"
+    streams = [
+        add_norm_quantised(x, delta, weight, bias, 1e-5, Float8Quantizer(scale, amax, DType.kFloat8E4M3), post)[0]
+        for post in (False, True)
+    ]
+    assert torch.equal(streams[0], x + delta)
+    assert torch.equal(streams[1], add_norm(x, delta, weight, bias, 1e-5, post=True)[0])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

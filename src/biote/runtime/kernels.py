@@ -29,17 +29,21 @@ def _store_fp8(at, value, inside, scale_at, amax_at):
 
 @triton.jit
 def _add_norm_kernel(
-    x_at, delta_at, weight_at, bias_at, sum_at, norm_at, mean_at, rstd_at, scale_at, amax_at, n, eps,
-    HAS_DELTA: tl.constexpr, RMS: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    x_at, delta_at, weight_at, bias_at, sum_at, norm_at, fp8_at, mean_at, rstd_at, scale_at, amax_at, n, eps,
+    HAS_DELTA: tl.constexpr, RMS: tl.constexpr, KEEP_SUM: tl.constexpr, KEEP_NORM: tl.constexpr,
+    KEEP_STATISTICS: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
-    x = tl.load(x_at + row * n + columns, inside, other=0.0).to(tl.float32)
+    x = tl.load(x_at + row * n + columns, inside, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
     if HAS_DELTA:
         x += tl.load(delta_at + row * n + columns, inside, other=0.0).to(tl.float32)
-        rounded = x.to(sum_at.dtype.element_ty)
-        tl.store(sum_at + row * n + columns, rounded, inside)
+        rounded = x.to(dtype)  # as every residual stream is, kept or not
+        if KEEP_SUM:
+            tl.store(sum_at + row * n + columns, rounded, inside)
         x = rounded.to(tl.float32)
     mean = 0.0 if RMS else tl.sum(x, 0) / n
     centred = tl.where(inside, x - mean, 0.0)
@@ -48,10 +52,11 @@ def _add_norm_kernel(
     norm = centred * rstd * weight
     if not RMS:
         norm += tl.load(bias_at + columns, inside, other=0.0).to(tl.float32)
+    if KEEP_NORM:
+        tl.store(norm_at + row * n + columns, norm.to(dtype), inside)
     if QUANTISE:
-        _store_fp8(norm_at + row * n + columns, norm, inside, scale_at, amax_at)
-    else:
-        tl.store(norm_at + row * n + columns, norm.to(norm_at.dtype.element_ty), inside)
+        _store_fp8(fp8_at + row * n + columns, norm, inside, scale_at, amax_at)
+    if KEEP_STATISTICS:
         if not RMS:
             tl.store(mean_at + row, mean)
         tl.store(rstd_at + row, rstd)
@@ -60,7 +65,7 @@ def _add_norm_kernel(
 @triton.jit
 def _add_norm_backward_kernel(
     grad_sum_at, grad_norm_at, sum_at, weight_at, mean_at, rstd_at, grad_at, weights_at, biases_at, rows, n,
-    RMS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_GRAD_SUM: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -72,7 +77,6 @@ def _add_norm_backward_kernel(
         at = row * n + columns
         grad_norm = tl.load(grad_norm_at + at, inside, other=0.0).to(tl.float32)
         x = tl.load(sum_at + at, inside, other=0.0).to(tl.float32)
-        grad_sum = tl.load(grad_sum_at + at, inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_at + row)
         mean = 0.0 if RMS else tl.load(mean_at + row)
         unit = tl.where(inside, (x - mean) * rstd, 0.0)
@@ -82,70 +86,91 @@ def _add_norm_backward_kernel(
         through = weighted - unit * (tl.sum(weighted * unit, 0) / n)
         if not RMS:
             through -= tl.sum(weighted, 0) / n
-        tl.store(grad_at + at, (grad_sum + through * rstd).to(grad_at.dtype.element_ty), inside)
+        grad = through * rstd
+        if HAS_GRAD_SUM:
+            grad += tl.load(grad_sum_at + at, inside, other=0.0).to(tl.float32)
+        tl.store(grad_at + at, grad.to(grad_at.dtype.element_ty), inside)
     tl.store(weights_at + program * n + columns, grad_weight, inside)
     tl.store(biases_at + program * n + columns, grad_bias, inside)
 
 
 def _launch_add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    norm: Tensor, statistics: Any, fp8: Any,
-) -> Tensor:  # fmt: skip
-    """Run the kernel; statistics: (mean, rstd) to fill, or None; fp8: (scale, amax), or None. Returns the sum."""
+    summed: Tensor | None = None, norm: Tensor | None = None, statistics: Any = None, fp8: Any = None,
+) -> None:  # fmt: skip
+    """Fill whichever is given: summed (x + delta) and norm [T, N], statistics (mean, rstd), fp8 (data, scale, amax)."""
     rows, n = x.shape
-    summed = x if delta is None else torch.empty_like(x)
     block = triton.next_power_of_2(n)
-    mean, rstd = statistics or (x, x)  # a pointer that the kernel will not touch
-    scale, amax = fp8 or (x, x)
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return x if tensor is None else tensor  # the kernel will not touch it
+
     _add_norm_kernel[(rows,)](
-        x, x if delta is None else delta, weight, weight if bias is None else bias, summed, norm, mean, rstd,
-        scale, amax, n, eps,
-        HAS_DELTA=delta is not None, RMS=bias is None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block),
+        x, pointer(delta), weight, pointer(bias), pointer(summed), pointer(norm), (fp8 or (x,))[0],
+        *(statistics or (x, x)), *(fp8 or (x, x, x))[1:], n, eps,
+        HAS_DELTA=delta is not None, RMS=bias is None, KEEP_SUM=summed is not None, KEEP_NORM=norm is not None,
+        KEEP_STATISTICS=statistics is not None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return summed
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+        ctx.set_materialize_grads(False)  # a post-norm block does not use the sum, so it has no gradient
         norm = torch.empty_like(x)
-        mean, rstd = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
-        summed = _launch_add_norm(x, delta, weight, bias, eps, norm, (mean, rstd), None)
-        ctx.save_for_backward(summed, weight, mean, rstd)
+        summed = None if delta is None else torch.empty_like(x)
+        statistics = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
+        _launch_add_norm(x, delta, weight, bias, eps, summed, norm, (statistics[0], statistics[1]))
+        ctx.save_for_backward(x if summed is None else summed, weight, statistics)
         ctx.has_delta, ctx.rms = delta is not None, bias is None
-        return (summed if ctx.has_delta else x.view_as(x)), norm
+        return (x.view_as(x) if summed is None else summed), norm
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, grad_norm: Tensor) -> Any:
-        summed, weight, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, grad_sum: Tensor | None, grad_norm: Tensor | None) -> Any:
+        summed, weight, statistics = ctx.saved_tensors
         rows, n = summed.shape
-        grad_sum, grad_norm = grad_sum.contiguous(), grad_norm.contiguous()
+        grad_norm = torch.zeros_like(summed) if grad_norm is None else grad_norm.contiguous()
         grad = torch.empty_like(summed)
         programs = min(rows, NORM_BACKWARD_PROGRAMS)
         partial = torch.empty(2, programs, n, dtype=torch.float32, device=grad.device)
         block = triton.next_power_of_2(n)
         _add_norm_backward_kernel[(programs,)](
-            grad_sum, grad_norm, summed, weight, mean, rstd, grad, partial[0], partial[1], rows, n,
-            RMS=ctx.rms, BLOCK=block, num_warps=max(_warps(block) // 2, 1),
+            grad_norm if grad_sum is None else grad_sum.contiguous(), grad_norm, summed, weight, statistics[0],
+            statistics[1], grad, partial[0], partial[1], rows, n,
+            HAS_GRAD_SUM=grad_sum is not None, RMS=ctx.rms, BLOCK=block, num_warps=max(_warps(block) // 2, 1),
         )  # fmt: skip
         grad_weight, grad_bias = partial.sum(1).to(weight.dtype)
         return grad, grad if ctx.has_delta else None, grad_weight, None if ctx.rms else grad_bias, None
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, post: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x [T, N], delta [T, N] or None -> (x + delta, its layer norm; without a bias its RMS norm), one pass."""
-    return _AddNorm.apply(x.contiguous(), delta, weight, bias, eps)
+    """x [T, N], delta [T, N] or None -> (stream, norm), one pass.
+
+    norm: layer norm of x + delta; without a bias its RMS norm. stream: the sum, or the norm if `post`.
+    """
+    x = x.contiguous()
+    if not post:
+        return _AddNorm.apply(x, delta, weight, bias, eps)
+    if torch.is_grad_enabled():
+        norm = _AddNorm.apply(x, delta, weight, bias, eps)[1]
+    else:
+        norm = torch.empty_like(x)
+        _launch_add_norm(x, delta, weight, bias, eps, norm=norm)
+    return norm, norm
 
 
 def add_norm_quantised(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, quantizer: Any
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, quantizer: Any,
+    post: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `add_norm`, the norm as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    summed = _launch_add_norm(x, delta, weight, bias, eps, data, None, (quantizer.scale, quantizer.amax))
-    return summed, quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
+    stream = torch.empty_like(x) if post or delta is not None else x
+    kept = {"norm": stream} if post else {"summed": stream} if delta is not None else {}
+    _launch_add_norm(x, delta, weight, bias, eps, **kept, fp8=(data, quantizer.scale, quantizer.amax))
+    return stream, quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
 
 
 def _warps(block: int) -> int:

@@ -97,13 +97,13 @@ class LayerNormLinear(Linear):
     ) -> tuple[Tensor, Tensor]:
         """x and delta [T, in] -> (x + delta, or its norm; the product of the norm [T, out])."""
         norm_weights = (self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        quantizer = None if self.return_norm else self.delayed_quantizer()
+        quantizer = None if self.training else self.delayed_quantizer()  # in training, dropout may follow the norm
         if quantizer is not None:
-            x, norm = add_norm_quantised(x, delta, *norm_weights, quantizer)
-            return x, super().forward(norm)
-        x, norm = add_norm(x, delta, *norm_weights)
+            stream, norm = add_norm_quantised(x, delta, *norm_weights, quantizer, self.return_norm)
+            return stream, super().forward(norm)
+        stream, norm = add_norm(x, delta, *norm_weights, self.return_norm)
         norm = F.dropout(norm, self.norm_dropout, self.training)
-        return norm if self.return_norm else x, super().forward(norm)
+        return norm if self.return_norm else stream, super().forward(norm)
 
 
 class ActivationLinear(Linear):

@@ -218,6 +218,8 @@ def assert_contract_on_gpu(case: Case, auto: str, setting: Setting, folder: Path
     if setting.dtype != "fp8":  # each call of a quantised model moves its scales, so that no two are equal
         assert_inputs_and_outputs(case, auto, setting)
     assert_batch_invariant(case, auto, setting)
+    if setting.engine == "te" and setting.dtype in ("bfloat16", "float16"):
+        assert_graphs_equal_eager(case, auto, setting)
     if auto != "AutoModel":
         assert_gradient_checkpointing(case, auto, setting)
     assert_moves_between_devices(case, auto, setting, folder)
@@ -226,6 +228,24 @@ def assert_contract_on_gpu(case: Case, auto: str, setting: Setting, folder: Path
         {**what, "quantity": key, "error": error.ours, "error_of_original": error.original}
         for key, error in errors.items()
     ]
+
+
+def assert_graphs_equal_eager(case: Case, auto: str, setting: Setting) -> None:
+    """With CUDA graphs, padded and packed batches give what they give without."""
+    _, ours = case.pair(auto, setting)
+    batch = {key: x for key, x in case.batch(auto, setting).items() if key != "labels"}
+    keep = batch["attention_mask"].bool()
+    bounds = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
+    packed = {"input_ids": batch["input_ids"][keep][None], "cu_seq_lens_q": bounds}
+    with torch.inference_mode():
+        for inputs in (batch, packed):
+            expected = ours(**inputs)[0]
+            ours.config.cuda_graphs = True
+            found = ours(**inputs)[0]
+            ours.config.cuda_graphs = False
+            error = relative_l2(found.double(), expected.double())
+            assert error <= AGREEMENT[setting.dtype] / 10, f"a graph at {setting} differs by {error:.3g}"
+    assert len(ours.base_model.graphed.graphs) == 1, "both batches fit one graph"
 
 
 def assert_moves_between_devices(case: Case, auto: str, setting: Setting, folder: Path) -> None:
