@@ -121,7 +121,8 @@ class NvidiaRecipe(nn.Module):
                 activation=config.hidden_act, bias=config.mlp_bias, rotary_pos_interleaved=config.rope == "pairs",
                 normalization="RMSNorm" if config.rms_norm else "LayerNorm", fuse_qkv_params=True,
                 qkv_weight_interleaved=True, output_layernorm=config.post_norm,
-                apply_residual_connection_post_layernorm=config.post_norm, params_dtype=torch.bfloat16, layer_number=number + 1,
+                apply_residual_connection_post_layernorm=config.post_norm, params_dtype=torch.bfloat16,
+                layer_number=number + 1,
             )
             for number in range(config.num_hidden_layers)
         )  # fmt: skip

@@ -98,7 +98,7 @@ def _launch_add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     summed: Tensor | None = None, norm: Tensor | None = None, statistics: Any = None, fp8: Any = None,
 ) -> None:  # fmt: skip
-    """Fill whichever is given: summed (x + delta) and norm [T, N], statistics (mean, rstd), fp8 (data, scale, amax)."""
+    """Fill whichever is given: summed and norm [T, N], statistics (mean, rstd), fp8 (data, scale, amax)."""
     rows, n = x.shape
     block = triton.next_power_of_2(n)
 
