@@ -14,7 +14,6 @@ import torch
 
 from biote.convert import convert_model
 from biote.port import Checkpoint, ModelPort, find_tag
-from biote.runtime.rope import RotaryEmbedding
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -71,10 +70,11 @@ def random_original(tag: str, folder: Path, seed: int) -> Path:
     port, checkpoint = tagged(tag)
     torch.manual_seed(seed)
     model = port.classes["AutoModelForMaskedLM"](port.config_class(engine="torch", **checkpoint.shape))
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.inv_freq.copy_(module.inv_freq.half())
-    convert_model(port, model, "hf", {}).save_pretrained(folder)
+    original = convert_model(port, model, "hf", {})
+    for name, tensor in original.state_dict().items():
+        if name.endswith("inv_freq"):
+            tensor.copy_(tensor.half())
+    original.save_pretrained(folder)
     if port.build_tokenizer is not None:
         port.build_tokenizer().save_pretrained(folder)
     return folder

@@ -15,6 +15,10 @@ CASES: list[tuple[str, str, bool, dict[str, Any]]] = [
     ("650M", "43000", False, {"layer_precision": "fp8"}),
     ("650M", "43000", True, {}),
     ("650M", "10000", True, {}),
+    ("650M", "300", False, {"cuda_graphs": True}),
+    ("Geneformer 316M", "16x2048", False, {}),
+    ("Geneformer 316M", "16x2048", False, {"layer_precision": "fp8"}),
+    ("Geneformer 316M", "16x2048", True, {}),
 ]
 SHOWN = 24
 

@@ -168,6 +168,7 @@ def test_quantised_outputs():
         add_norm_quantised,
         gelu,
         gelu_quantised,
+        relu_quantised,
         swiglu,
         swiglu_quantised,
     )
@@ -184,6 +185,7 @@ def test_quantised_outputs():
             lambda q: add_norm_quantised(x, delta, weight, bias, 1e-5, q, post=True)[1],
         ),
         (lambda: gelu(x), lambda q: gelu_quantised(x, q)),
+        (lambda: x.relu(), lambda q: relu_quantised(x, q)),
         (lambda: swiglu(x), lambda q: swiglu_quantised(x, q)),
     ):
         scale, amax = torch.full((1,), 16.0, device="cuda"), torch.zeros(1, device="cuda")

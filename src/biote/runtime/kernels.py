@@ -231,7 +231,7 @@ def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float, pairs: 
     )  # fmt: skip
 
 
-GELU_BLOCK = 4096  # elements of one program
+ACTIVATION_BLOCK = 4096  # elements of one program
 
 
 @triton.jit
@@ -279,9 +279,9 @@ def _gelu_backward_kernel(x_at, grad_at, out_at, count, EXACT: tl.constexpr, BLO
 def _launch_gelu(x: Tensor, out: Tensor, fp8: Any) -> None:
     """fp8: (scale, amax), or None."""
     scale, amax = fp8 or (x, x)  # a pointer that the kernel will not touch
-    _gelu_kernel[(triton.cdiv(x.numel(), GELU_BLOCK),)](
+    _gelu_kernel[(triton.cdiv(x.numel(), ACTIVATION_BLOCK),)](
         x, out, scale, amax, x.numel(),
-        EXACT=x.dtype == torch.float32, QUANTISE=fp8 is not None, BLOCK=GELU_BLOCK, num_warps=8,
+        EXACT=x.dtype == torch.float32, QUANTISE=fp8 is not None, BLOCK=ACTIVATION_BLOCK, num_warps=8,
     )  # fmt: skip
 
 
@@ -298,8 +298,8 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        _gelu_backward_kernel[(triton.cdiv(x.numel(), GELU_BLOCK),)](
-            x, grad.contiguous(), out, x.numel(), EXACT=x.dtype == torch.float32, BLOCK=GELU_BLOCK, num_warps=8
+        _gelu_backward_kernel[(triton.cdiv(x.numel(), ACTIVATION_BLOCK),)](
+            x, grad.contiguous(), out, x.numel(), EXACT=x.dtype == torch.float32, BLOCK=ACTIVATION_BLOCK, num_warps=8
         )
         return out
 
@@ -313,6 +313,22 @@ def gelu_quantised(x: Tensor, quantizer: Any) -> Tensor:
     """As `gelu`, as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     _launch_gelu(x, data, (quantizer.scale, quantizer.amax))
+    return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
+
+
+@triton.jit
+def _relu_fp8_kernel(x_at, out_at, scale_at, amax_at, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_at + at, at < count, other=0.0).to(tl.float32)
+    _store_fp8(out_at + at, tl.maximum(x, 0.0), at < count, scale_at, amax_at)
+
+
+def relu_quantised(x: Tensor, quantizer: Any) -> Tensor:
+    """ReLU as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _relu_fp8_kernel[(triton.cdiv(x.numel(), ACTIVATION_BLOCK),)](
+        x, data, quantizer.scale, quantizer.amax, x.numel(), BLOCK=ACTIVATION_BLOCK, num_warps=8
+    )
     return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
 
 

@@ -3,6 +3,7 @@
 Shapes: T packed tokens, H heads, D head dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
 from .attention_te import cudnn_attention, cudnn_can_attend
-from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, swiglu, swiglu_quantised
+from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, relu_quantised, swiglu, swiglu_quantised
 
-KERNELS = {"gelu": (gelu, gelu_quantised), "swiglu": (swiglu, swiglu_quantised)}  # one pass over memory each
+KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Any], Any]]] = {  # one pass over memory each
+    "gelu": (gelu, gelu_quantised),
+    "relu": (F.relu, relu_quantised),
+    "swiglu": (swiglu, swiglu_quantised),
+}
 
 
 def _placement() -> dict[str, Any]:

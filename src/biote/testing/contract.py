@@ -5,6 +5,7 @@ Shapes: B batch, S padded length, T packed tokens.
 
 import copy
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ GPU_SETTINGS = [
 # Relative L2 within which two ways to compute the same agree on a tiny random model: coarse, it finds mistakes only;
 # how precise we are is judged by the noise floor.
 AGREEMENT = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2, "fp8": 0.6}
+NOISE_MODELS = 5
 # Gradients share the rounding of one loss, and a classifier gives a dozen numbers: such errors scatter from one random
 # model to the next by a factor of two, on either side of the original's.
 SCATTER_FACTOR = 2.5
@@ -83,16 +85,16 @@ class Case:
     make_original: Callable[[str, int], PreTrainedModel]
     make_batch: Callable[[str, int], dict[str, Tensor]]
 
-    def pair(self, auto: str, setting: Setting = EXACT) -> tuple[Any, Any]:
+    def pair(self, auto: str, setting: Setting = EXACT, seed: int = 0) -> tuple[Any, Any]:
         """The original in float64 and our model with the same weights."""
-        original = self.make_original(auto, 0).eval()
+        original = self.make_original(auto, seed).eval()
         fields = {"engine": setting.engine, **({"layer_precision": "fp8"} if setting.dtype == "fp8" else {})}
         ours = convert_model(self.port, original, TE, fields).eval()
         return original.to(setting.device), ours.to(setting.device, setting.model_dtype)
 
-    def batch(self, auto: str, setting: Setting = EXACT) -> dict[str, Tensor]:
+    def batch(self, auto: str, setting: Setting = EXACT, seed: int = 0) -> dict[str, Tensor]:
         """Inputs and labels; the base model, which has no loss, takes no labels."""
-        batch = {key: tensor.to(setting.device) for key, tensor in self.make_batch(auto, 0).items()}
+        batch = {key: tensor.to(setting.device) for key, tensor in self.make_batch(auto, seed).items()}
         if auto == "AutoModel":
             batch.pop("labels")
         return batch
@@ -155,7 +157,11 @@ def _gradients_by_our_names(case: Case, auto: str, original: Any, ours: Any) -> 
 
 
 class Noise(NamedTuple):
-    """Relative L2 to the original in float64: ours at a setting, and the original's own at that dtype."""
+    """Relative L2 to the original in float64: ours at a setting, and the original's own at that dtype.
+
+    Each is the median over a few random models: one of them errs by five percent more or less than the next, and its
+    gradients by several times where a ReLU's input lies next to zero.
+    """
 
     ours: float
     original: float
@@ -164,9 +170,21 @@ class Noise(NamedTuple):
 
 def noise(case: Case, auto: str, setting: Setting) -> dict[str, Noise]:
     """Errors by quantity: what `outputs_of` gives, all hidden states together, all gradients together."""
-    original, ours = case.pair(auto, setting)
+    models = [_noise_of_one(case, auto, setting, seed) for seed in range(NOISE_MODELS)]
+    return {
+        key: Noise(
+            statistics.median(one[key].ours for one in models),
+            statistics.median(one[key].original for one in models),
+            models[0][key].numbers,
+        )
+        for key in models[0]
+    }
+
+
+def _noise_of_one(case: Case, auto: str, setting: Setting, seed: int) -> dict[str, Noise]:
+    original, ours = case.pair(auto, setting, seed)
     lower = copy.deepcopy(original).to(setting.model_dtype)
-    batch = case.batch(auto, setting)
+    batch = case.batch(auto, setting, seed)
     if setting.dtype == "fp8":
         with torch.no_grad():
             for _ in range(3):  # delayed scaling: until the scales fit
