@@ -99,7 +99,7 @@ def test_rotation(dtype, pairs):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rotary_attention(dtype, pairs):
-    from biote.runtime.attention_te import cudnn_attention
+    from biote.runtime.attention_te import cudnn_attention, flash_attention
     from biote.runtime.packing import Packing
 
     lengths, surplus = [40, 1, 30], 6
@@ -109,7 +109,10 @@ def test_rotary_attention(dtype, pairs):
     qkv = (2 * randn(T, H, 3, D)).to("cuda", dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
     rope = "pairs" if pairs else "half"
-    found = cudnn_attention(qkv * 1, rotary, Packing(bounds, 40, positions, (1, T), None), 0.0, rope)
+    packing = Packing(bounds, 40, positions, (1, T), None)
+    found = cudnn_attention(qkv * 1, rotary, packing, 0.0, rope)
+    with torch.no_grad():
+        by_flash = flash_attention(qkv * 1, rotary, packing, rope)
     pieces = []
     for piece in turned(exact, *rotary, D**-0.5, pairs)[: sum(lengths)].split(lengths):
         q, k, v = piece.unbind(2)
@@ -120,7 +123,9 @@ def test_rotary_attention(dtype, pairs):
     found.backward(weights)
     expected.backward(weights[: sum(lengths)].double())
     assert relative(found[: sum(lengths)], expected) < TOLERANCE[dtype]
-    assert not found[sum(lengths) :].any()
+    assert relative(by_flash[: sum(lengths)], expected) < TOLERANCE[dtype]
+    for rows in (found, by_flash):
+        assert not rows[sum(lengths) :].any()
     assert relative(qkv.grad, exact.grad) < 2 * TOLERANCE[dtype]
 
 

@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
-from .attention_te import cudnn_attention, cudnn_can_attend
+from .attention_te import cudnn_attention, cudnn_can_attend, flash_attention
 from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, relu_quantised, swiglu, swiglu_quantised
 
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Any], Any]]] = {  # one pass over memory each
@@ -31,6 +31,9 @@ KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Any], Any
     "relu": (F.relu, relu_quantised),
     "swiglu": (swiglu, swiglu_quantised),
 }
+
+
+FEW_TOKENS = 2048
 
 
 def _placement() -> dict[str, Any]:
@@ -128,7 +131,10 @@ class ActivationLinear(Linear):
 
 
 class Attention(TorchAttention):
-    """Rotation of queries and keys, then attention: cuDNN's where it can, else as the torch engine."""
+    """Rotation of queries and keys, then attention by what is fastest: cuDNN, or for few tokens FlashAttention.
+
+    As the torch engine where cuDNN has no kernel.
+    """
 
     def forward(self, qkv: Tensor, rotary: Rotary | None, packing: Packing) -> Tensor:
         """qkv [T, H * 3 * D], which is overwritten -> [T, H * D], zero past the last sequence."""
@@ -136,6 +142,9 @@ class Attention(TorchAttention):
         if not cudnn_can_attend(heads):
             return super().forward(qkv, rotary, packing)
         dropout = self.dropout if self.training else 0.0
+        surplus = len(qkv) - len(packing.positions)  # rows that quantised products want
+        if len(qkv) <= FEW_TOKENS and not (torch.is_grad_enabled() or dropout or surplus):
+            return flash_attention(heads, rotary, packing, self.rope).flatten(1)
         return cudnn_attention(heads, rotary, packing, dropout, self.rope).flatten(1)
 
 
