@@ -12,7 +12,7 @@ anndata = pytest.importorskip(
     "anndata", reason="the example reads AnnData; pip install -e models/geneformer brings it"
 )
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "geneformer_cells.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "geneformer_cells.py"
 
 
 def test_from_counts_to_a_picture(tmp_path):
