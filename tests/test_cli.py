@@ -53,6 +53,7 @@ def damage_pickle(folder):
 
 
 def damage_index(folder):
+    (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.bias": "../elsewhere.safetensors"}}))
 
 
@@ -79,6 +80,9 @@ DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
     "other model": (edit_config(model_type="llama"), "model_type 'llama' fits no port"),
+    "no head named": (edit_config(architectures="EsmForMaskedLM"), "architectures is 'EsmForMaskedLM', where a list"),
+    "no heads at all": (edit_config(num_attention_heads=0), "config.json of"),
+    "hidden size in words": (edit_config(hidden_size="many"), "config.json of"),
     "other head": (edit_config(architectures=["EsmForProteinFolding"]), "'EsmForProteinFolding' is not supported"),
     "other ESM": (edit_config(position_embedding_type="absolute"), "position_embedding_type='absolute'"),
     "wrong shape": (edit_config(intermediate_size=48), "mis-shaped"),
@@ -173,6 +177,23 @@ def test_export_writes_a_valid_card_and_pushes_the_folder(source, tmp_path, monk
     assert card.data.library_name == "transformers"
     assert 'from_pretrained("me/tiny", trust_remote_code=True)' in card.text
     assert "| torch | float64 | logits |" in card.text
+
+
+def test_export_of_our_own_layout_rounded(biote, source, tmp_path):
+    """Its dtype and shards are as asked for, strangers stay out, and layers its user quantised do not hinder it."""
+    assert biote("convert", source, tmp_path / "te", "--to", "te")[0] == 0
+    config = json.loads((tmp_path / "te" / "config.json").read_text())
+    (tmp_path / "te" / "config.json").write_text(json.dumps({**config, "layer_precision": "fp8"}))
+    (tmp_path / "te" / "trainer_state.json").write_text("{}")
+    for file in (tmp_path / "te").glob("tokenizer*"):
+        file.unlink()
+    export.export(str(tmp_path / "te"), tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=50_000)
+    assert "weights rounded to bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {INDEX, "tokenizer.json"} <= names
+    assert "trainer_state.json" not in names
+    tensors = [tensor for file in (tmp_path / "out").glob("model-*") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in tensors if tensor.dim() == 2} == {torch.bfloat16}
 
 
 def test_verify_refuses_a_folder_that_is_no_export(biote, source):

@@ -1,7 +1,15 @@
-import pytest
+from pathlib import Path
 
-from biote.convert import state_specs
-from esm2 import Esm2TEConfig, Esm2TEForMaskedLM
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import EsmConfig
+
+from biote import convert
+from biote.convert import locate, state_specs
+from biote.files import WEIGHTS
+from esm2 import Esm2TEConfig, Esm2TEForMaskedLM, convert_te_to_hf
+from esm2.convert import read_hf_config
 
 
 @pytest.mark.parametrize("fields", [{"engine": "te"}, {"layer_precision": "fp8"}, {"quantized_weights": True}])
@@ -10,3 +18,46 @@ def test_the_keys_of_a_model_are_known_where_its_engine_cannot_run(fields):
     assert set(state_specs(Esm2TEForMaskedLM, Esm2TEConfig(**fields))) == set(
         state_specs(Esm2TEForMaskedLM, Esm2TEConfig(engine="torch"))
     )
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "asked"),
+    [
+        ("Geneformer-V2-104M", (None, None), ("ctheodoris/Geneformer", "f45a6c7d", "Geneformer-V2-104M")),
+        ("Geneformer-V2-104M", ("abc", "other"), ("ctheodoris/Geneformer", "abc", "other")),
+        ("AMPLIFY_120M", ("abc", None), ("chandar-lab/AMPLIFY_120M", "abc", None)),
+        ("me/mine", ("abc", "part"), ("me/mine", "abc", "part")),
+    ],
+)
+def test_a_tag_stands_for_a_pinned_revision_unless_another_is_named(monkeypatch, tmp_path, source, given, asked):
+    def download(repo_id, revision, allow_patterns):
+        subfolder = asked[2]
+        assert (repo_id, revision) == asked[:2]
+        assert all(pattern.startswith(f"{subfolder}/") == bool(subfolder) for pattern in allow_patterns)
+        (tmp_path / (subfolder or "")).mkdir(exist_ok=True)
+        return tmp_path
+
+    monkeypatch.setattr(convert, "snapshot_download", download)
+    assert locate(source, *given) == tmp_path / (asked[2] or "")
+
+
+def test_a_misspelled_field_is_refused():
+    model = Esm2TEForMaskedLM(Esm2TEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, engine="torch"))
+    assert convert_te_to_hf(model, hidden_dropout_prob=0.5).config.hidden_dropout_prob == 0.5
+    with pytest.raises(TypeError, match="the 'hf' format has no field hiden_dropout_prob"):
+        convert_te_to_hf(model, hiden_dropout_prob=0.5)
+
+
+def test_a_field_that_the_original_leaves_out_has_its_default():
+    shape = {"vocab_size": 33, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config, defaults = read_hf_config({**shape, "position_embedding_type": "rotary"}), EsmConfig()
+    for field in ("layer_norm_eps", "hidden_dropout_prob", "token_dropout", "intermediate_size"):
+        assert getattr(config, field) == getattr(defaults, field)
+
+
+def test_mixed_dtypes_are_loaded_as_the_widest(tiny_original: Path, tmp_path: Path):
+    state = load_file(tiny_original / WEIGHTS)
+    names = [name for name, tensor in state.items() if tensor.dim() == 2][::2]
+    save_file({**state, **{name: state[name].bfloat16() for name in names}}, tmp_path / WEIGHTS, {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((tiny_original / "config.json").read_bytes())
+    assert Esm2TEForMaskedLM.from_original(str(tmp_path), engine="torch").dtype == torch.float32

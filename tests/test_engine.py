@@ -84,7 +84,10 @@ class NotQuantised:
         return False
 
 
-def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def plain_add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, post: bool = False
+) -> tuple[Tensor, Tensor]:
+    assert not post
     x = x if delta is None else x + delta
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -117,9 +120,9 @@ def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     vars(pytorch).update({stand_in.__name__: stand_in for stand_in in STAND_INS})
     vars(quantization)["FP8GlobalStateManager"] = NotQuantised
     vars(pytorch)["Float8Quantizer"] = object
-    unused = ("add_norm_quantised", "gelu_quantised", "swiglu", "swiglu_quantised")
+    unused = ("add_norm_quantised", "gelu_quantised", "relu_quantised", "swiglu", "swiglu_quantised")
     vars(kernels).update({"add_norm": plain_add_norm, "gelu": F.gelu, **dict.fromkeys(unused)})
-    vars(attention).update(cudnn_can_attend=lambda qkv: False, cudnn_attention=None)
+    vars(attention).update(cudnn_can_attend=lambda qkv: False, cudnn_attention=None, flash_attention=None)
     for module in (package, pytorch, quantization, kernels, attention):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(engine, "why_not_te", lambda: None)
@@ -232,10 +235,13 @@ def test_both_engines_own_the_same_parameters(te: str, cls: type[PreTrainedModel
     ours = {name: on_meta(cls, name) for name in ("te", "torch")}
     for name, source in (("te", sys.modules[TE_NAME]), ("torch", nn)):
         base = ours[name].base_model
-        assert isinstance(base.layers[0].mlp.fc2, source.Linear)
         assert isinstance(base.layers[0].attention.proj, source.Linear)
         assert isinstance(base.final_norm, source.LayerNorm)
-    assert isinstance(ours["te"].base_model.layers[0].attention.qkv, sys.modules[TE_NAME].Linear)
+    te_block, torch_block = (ours[name].base_model.layers[0] for name in ("te", "torch"))
+    for layer in (te_block.attention.qkv, te_block.mlp.fc2):
+        assert isinstance(layer, sys.modules[TE_NAME].Linear)
+    for layer in (torch_block.attention.qkv, torch_block.mlp.fc2):
+        assert not isinstance(layer, nn.Linear), "LoRA would see its input, which is not yet the product's"
     states = {
         name: {key: (x.device.type, x.dtype, tuple(x.shape)) for key, x in model.state_dict().items()}
         for name, model in ours.items()

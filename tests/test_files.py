@@ -141,6 +141,12 @@ def test_reader(tmp_path: Path, sharded: bool) -> None:
     assert [tensor.dtype for tensor in reader.read(["x.torch.int8", "x.torch.bool"])] == [torch.int8, torch.bool]
 
 
+def test_an_index_left_over_from_an_earlier_save_is_not_read(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2)}, tmp_path / WEIGHTS)
+    write_index(tmp_path, {"x": "model-00001-of-00002.safetensors"})
+    assert CheckpointReader(tmp_path).specs.keys() == {"x"}
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "", 5, None])
 def test_index_that_points_outside(tmp_path: Path, name: Any) -> None:
     folder = tmp_path / "model"

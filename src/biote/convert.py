@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,20 @@ class Conversion:
         self.source_format, self.auto = identify(config, port.name)[1:]
         if (self.source_format == TE) == (to == TE):
             raise ValueError(f"{where} is in the {self.source_format!r} format; one side of a conversion must be 'te'")
-        self.config, self.their_config, mapping = self._read_configs(config, config_kwargs)
+        self.config, self.their_config, mapping = self._read_configs(config, config_kwargs, where)
         ours = state_specs(port.classes[self.auto], self.config)
         self.plan: Plan = mapping.plan(source, ours, "from" if to == TE else "to", where)
 
-    def _read_configs(self, config: Json, config_kwargs: Json) -> tuple[EncoderConfig, Json, Mapping]:
+    def _read_configs(self, config: Json, config_kwargs: Json, where: str) -> tuple[EncoderConfig, Json, Mapping]:
         port, auto = self.port, self.auto
         if self.to == TE:
             form = port.formats[self.source_format]
-            _refuse_unknown_fields(port.config_class, config_kwargs)
-            fields_read = form.read_config(config).to_dict()
+            known = {field.name for field in fields(port.config_class)}
+            _refuse_unknown_fields(known, config_kwargs, port.config_class.__name__)
+            try:
+                fields_read = form.read_config(config).to_dict()
+            except Exception as error:  # whatever a field of the wrong kind raises, in transformers or here
+                raise ValueError(f"config.json of {where}: {error}") from error
             if "num_labels" in config_kwargs:  # the source's label names no longer fit
                 fields_read = {key: value for key, value in fields_read.items() if key not in ("id2label", "label2id")}
             ours = port.config_class.from_dict({**fields_read, **config_kwargs})
@@ -114,7 +119,9 @@ class Conversion:
                     f"the {self.to!r} format of {port.name} has no counterpart of {port.classes[auto].__name__}"
                 )
             ours = port.config_class.from_dict(config)
-            theirs = {**form.write_config(ours, auto), **config_kwargs, "architectures": [form.architectures[auto]]}
+            written = form.write_config(ours, auto)
+            _refuse_unknown_fields(set(written), config_kwargs, f"the {self.to!r} format")
+            theirs = {**written, **config_kwargs, "architectures": [form.architectures[auto]]}
         return ours, theirs, form.mapping(ours, theirs, auto)
 
     @property
@@ -245,8 +252,8 @@ def load_original(
     state = dict(conversion.tensors(reader.read))
     if cls is not port.classes[conversion.auto]:
         state = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.dim() > 1}
-    model: Any = cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or dtypes.pop())
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in state.values() if tensor.dim() > 1))
+    model: Any = cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or widest)
     if device is None:
         device = "cuda" if model.base_model.engine == "te" else "cpu"
     return model.to(device)
@@ -259,8 +266,7 @@ def _port_of(cls: type[PreTrainedModel]) -> ModelPort:
     raise ValueError(f"no installed port has the class {cls.__name__}")
 
 
-def _refuse_unknown_fields(config_class: type[EncoderConfig], given: Json) -> None:
-    known = {field.name for field in fields(config_class)} | {"num_labels", "id2label", "label2id", "problem_type"}
-    unknown = sorted(set(given) - known)
+def _refuse_unknown_fields(known: set[str], given: Json, what: str) -> None:
+    unknown = sorted(set(given) - known - {"num_labels", "id2label", "label2id", "problem_type"})
     if unknown:
-        raise TypeError(f"{config_class.__name__} has no field {', '.join(unknown)}")
+        raise TypeError(f"{what} has no field {', '.join(unknown)}")

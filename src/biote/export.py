@@ -55,15 +55,18 @@ def export(
     if not template.is_file():
         raise FileNotFoundError(f"{template} does not exist: export runs from a checkout of the repository")
     with new_folder(destination) as partial, tempfile.TemporaryDirectory() as scratch:
+        original = folder
         if form == TE:
-            _copy_checkpoint(folder, partial)
             original = Path(scratch) / "original"
             convert_folder(folder, original, "hf")
-        else:
-            convert_into(folder, partial, TE, port_name=port.name, dtype=dtype, max_shard_bytes=max_shard_bytes)
-            original = folder
+        convert_into(original, partial, TE, port_name=port.name, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        if dtype:  # golden values are those of the original with the same rounded weights
+            original = Path(scratch) / "rounded"
+            convert_folder(partial, original, "hf")
         _write_code(port, partial)
-        provenance = _provenance(source, revision)
+        provenance = _provenance(source, revision, subfolder)
+        if dtype:
+            provenance["rounded_to"] = str(dtype).removeprefix("torch.")
         capture(port, original, partial / GOLDEN_FILE, provenance)
         shutil.copy(port.directory / "LICENSE", partial / "LICENSE")
         (partial / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
@@ -99,22 +102,18 @@ def verify_isolated(folder: Path) -> list[Json]:
         print(done.stdout, end="")
         if done.returncode:
             last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"{folder} failed its verification: {last_line}")
+            raise ValueError(f"verification failed: {last_line}")
         return json.loads(report.read_text(encoding="utf-8"))
 
 
-def _provenance(source: str, revision: str | None) -> Json:
+def _provenance(source: str, revision: str | None, subfolder: str | None) -> Json:
     tagged = find_tag(source)
-    if tagged:
-        return {"source": tagged[1].repo_id, "revision": revision or tagged[1].revision}
-    path = Path(source)
-    return {"source": path.name if path.is_dir() else source, "revision": revision}
-
-
-def _copy_checkpoint(folder: Path, partial: Path) -> None:
-    for file in folder.iterdir():
-        if file.suffix in (".json", ".safetensors", ".txt") and file.name not in (GOLDEN_FILE, "requirements.txt"):
-            shutil.copy(file, partial / file.name)
+    if Path(source).is_dir():
+        source = Path(source).absolute().name
+    elif tagged:
+        source, pinned = tagged[1].repo_id, tagged[1]
+        revision, subfolder = revision or pinned.revision, subfolder or pinned.subfolder
+    return {"source": source, "subfolder": subfolder, "revision": revision}
 
 
 def _write_code(port: ModelPort, partial: Path) -> None:
@@ -137,7 +136,11 @@ def _write_code(port: ModelPort, partial: Path) -> None:
 def _write_card(
     port: ModelPort, template: Path, partial: Path, provenance: Json, checks: list[Json], repo_id: str | None
 ) -> None:
-    tag = next((tag for tag, checkpoint in port.tags.items() if checkpoint.repo_id == provenance["source"]), None)
+    place = (provenance["source"], provenance["subfolder"])
+    tag = next(
+        (tag for tag, published in port.tags.items() if (published.repo_id, published.subfolder) == place), None
+    )
+    name = tag or provenance["subfolder"] or provenance["source"]
     data = ModelCardData(
         license=port.license,
         library_name="transformers",
@@ -147,8 +150,8 @@ def _write_card(
     card = ModelCard.from_template(
         data,
         template_path=str(template),
-        title=f"{port.title} ({tag or provenance['source']}) on TransformerEngine",
-        repo_id=repo_id or f"YOUR_NAME/{tag or provenance['source']}",
+        title=f"{port.title} ({name}) on TransformerEngine",
+        repo_id=repo_id or f"YOUR_NAME/{name}",
         provenance=provenance,
         facts=dict(port.tags[tag].facts) if tag else {},
         config=read_json(partial / "config.json"),

@@ -71,10 +71,10 @@ class CheckpointReader:
             self._add(file, {key for key, at in indexed.items() if at == file})
 
     def _index(self) -> dict[str, Path]:
+        if (self.folder / WEIGHTS).is_file():
+            return {}  # as transformers has it: an index beside it is left over from an earlier save
         if not (self.folder / INDEX).is_file():
-            if not (self.folder / WEIGHTS).is_file():
-                raise FileNotFoundError(self._no_weights())
-            return {}
+            raise FileNotFoundError(self._no_weights())
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{self.folder / INDEX} has no weight_map")

@@ -125,7 +125,10 @@ def find_tag(tag: str) -> tuple[ModelPort, Checkpoint] | None:
 def identify(config: Json, port_name: str | None = None) -> tuple[ModelPort, str, str]:
     """Read a config.json: (port, format, Auto class). ValueError if it fits no port, or several and none is named."""
     ports = [port_named(port_name)] if port_name else list(installed_ports().values())
-    model_type, architecture = config.get("model_type"), (config.get("architectures") or [None])[0]
+    model_type, architectures = config.get("model_type"), config.get("architectures") or [None]
+    if not isinstance(architectures, list):
+        raise ValueError(f"config.json: architectures is {architectures!r}, where a list of class names should be")
+    architecture = architectures[0]
     known = [(port, name) for port in ports for name in port.format_names]
     fits = [(port, name) for port, name in known if port.model_type(name) == model_type]
     if not fits:

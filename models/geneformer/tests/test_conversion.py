@@ -88,7 +88,7 @@ def test_a_tag_names_a_subfolder_of_the_hub_repository(golden_folder, tmp_path):
     for name in ("config.json", WEIGHTS):
         (snapshot / "Geneformer-V2-104M" / name).write_bytes((golden_folder / name).read_bytes())
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "biote.cli", "convert", "Geneformer-V2-104M", str(tmp_path / "te"), "--to", "te"]
+    command = [sys.executable, "-m", "biote.cli", "export", "Geneformer-V2-104M", str(tmp_path / "te")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     converted, source = load_file(tmp_path / "te" / WEIGHTS), load_file(golden_folder / WEIGHTS)
@@ -97,3 +97,6 @@ def test_a_tag_names_a_subfolder_of_the_hub_repository(golden_folder, tmp_path):
     last = "model.layers.2.attention.qkv.layer_norm_bias"
     assert torch.equal(converted[last], source["bert.encoder.layer.1.output.LayerNorm.bias"])
     assert torch.equal(converted["model.final_norm.weight"], source["bert.encoder.layer.2.output.LayerNorm.weight"])
+    card = (tmp_path / "te" / "README.md").read_text()
+    assert "ctheodoris/Geneformer, Geneformer-V2-104M (revision `f45a6c7d`)" in card
+    assert "| 104,386,867 |" in card, "the facts of this variant, not of another one in the repository"

@@ -19,7 +19,7 @@ def states_of(folder, layer):
         yield ids[ids >= 4], states[ids >= 4]
 
 
-@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("layer", [-1, -2, -4])
 @pytest.mark.parametrize("tokens", [1, 11, 1000])
 def test_cell_embeddings(golden_folder, layer, tokens):
     model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
@@ -47,5 +47,7 @@ def test_a_cell_without_genes_is_refused(golden_folder):
         cell_embeddings(model, [*CELLS, [2, 3]], batch_tokens=11)
     with pytest.raises(ValueError, match="cell 1 has no token"):
         gene_embeddings(model, [[2, 9, 3], []])
+    with pytest.raises(ValueError, match="cell 1 holds padding"):
+        cell_embeddings(model, [[2, 9, 3], [2, 9, 3, 0]])
     with pytest.raises(ValueError, match="training mode"):
         cell_embeddings(model.train(), CELLS)

@@ -52,7 +52,8 @@ class SelfAttention(nn.Module):
         for one, qi, ki in zip(*pieces, strict=True):
             row, columns = int(one[0]) // width, one % width
             scores = torch.einsum("lhd,mhd->hlm", qi, ki)
-            weights[row, :, columns[:, None], columns] = scores.softmax(-1)
+            scores = scores.softmax(-1).to(weights.dtype)  # autocast makes them float32
+            weights[row, :, columns[:, None], columns] = scores
         return weights
 
 

@@ -42,14 +42,19 @@ def _power_of_two(number: int) -> int:
 
 
 class GraphedEncoder:
-    """Runs `encode(token ids [T], packing) -> [T, N]` by replaying graphs of it. For inference on one GPU."""
+    """Runs `encode(token ids [T], packing) -> [T, N]` by replaying graphs of it. For inference on one GPU.
 
-    def __init__(self, encode: Callable[[Tensor, Packing], Tensor]):
-        self.encode = encode
+    A graph holds the addresses of the weights: `graphs.clear()` after whatever replaces them, or a layer.
+    """
+
+    def __init__(self) -> None:
         self.graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
         self.pool: Any = None
 
-    def __call__(self, token_ids: Tensor, packing: Packing) -> Tensor:
+    def __reduce__(self) -> Any:
+        return GraphedEncoder, ()  # the copy of a model records graphs of its own
+
+    def __call__(self, encode: Callable[[Tensor, Packing], Tensor], token_ids: Tensor, packing: Packing) -> Tensor:
         """A fresh tensor [T, N], equal to what `encode` gives."""
         bucket = bucket_of(packing)
         graph = self.graphs.pop(bucket, None)
@@ -57,7 +62,8 @@ class GraphedEncoder:
             while len(self.graphs) >= MAX_GRAPHS:
                 self.graphs.popitem(last=False)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = _Graph(self.encode, bucket, token_ids, packing, self.pool)
+            with torch.inference_mode(False), torch.no_grad():  # buffers that any later mode may fill
+                graph = _Graph(encode, bucket, token_ids, packing, self.pool)
         self.graphs[bucket] = graph
         return graph.replay(token_ids, packing)
 

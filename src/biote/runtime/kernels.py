@@ -98,7 +98,10 @@ def _launch_add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     summed: Tensor | None = None, norm: Tensor | None = None, statistics: Any = None, fp8: Any = None,
 ) -> None:  # fmt: skip
-    """Fill whichever is given: summed and norm [T, N], statistics (mean, rstd), fp8 (data, scale, amax)."""
+    """From contiguous x and delta, fill whichever is given.
+
+    summed and norm [T, N], statistics (mean, rstd), fp8 (data, scale, amax).
+    """
     rows, n = x.shape
     block = triton.next_power_of_2(n)
 
@@ -150,7 +153,7 @@ def add_norm(
 
     norm: layer norm of x + delta; without a bias its RMS norm. stream: the sum, or the norm if `post`.
     """
-    x = x.contiguous()
+    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     if not post:
         return _AddNorm.apply(x, delta, weight, bias, eps)
     if torch.is_grad_enabled():
@@ -166,6 +169,7 @@ def add_norm_quantised(
     post: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `add_norm`, the norm as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     stream = torch.empty_like(x) if post or delta is not None else x
     kept = {"norm": stream} if post else {"summed": stream} if delta is not None else {}

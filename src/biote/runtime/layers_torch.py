@@ -57,16 +57,19 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-class ActivationLinear(nn.Linear):
-    """Activation, then a linear layer."""
+class ActivationLinear(nn.Module):
+    """Activation, then a linear layer. No nn.Linear, which LoRA and the like would wrap without the activation."""
 
     def __init__(self, in_features: int, out_features: int, activation: str, bias: bool = True):
-        super().__init__(in_features, out_features, bias=bias)
+        super().__init__()
         self.activation = activation
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in], or [T, 2 * in] for a gated activation -> [T, out]."""
-        return super().forward(activate(x, self.activation))
+        return F.linear(activate(x, self.activation), self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -97,7 +100,8 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """q, k, v [T, H, D] -> [T, H * D]."""
         dropout = self.dropout if self.training else 0.0
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        half_precision = q.dtype in (torch.float16, torch.bfloat16)
+        if half_precision and not dropout and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0):
             bounds, longest = packing.cu_seqlens, packing.max_seqlen
             context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
             assert isinstance(context, Tensor)  # a tuple only if more were asked for

@@ -233,7 +233,7 @@ class EncoderModel(BiotePreTrainedModel):
         self.final_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.precision_runs = runs_of(precisions, config.fp8_recipe)
         self.token_multiple = 1 if set(precisions) <= {"bf16"} else TOKEN_MULTIPLE
-        self.graphed = GraphedEncoder(lambda ids, packing: self._run(self.embeddings(ids, None, packing), packing)[0])
+        self.graphed = GraphedEncoder()
 
     def encode(
         self,
@@ -264,7 +264,7 @@ class EncoderModel(BiotePreTrainedModel):
         if input_ids is not None:
             self._check_token_ids(tokens)
             if self._can_replay(tokens) and not (keep_states or keep_attentions or token_type_ids is not None):
-                return Encoded(self.graphed(tokens, packing), packing, None, None)
+                return Encoded(self.graphed(self._last_states, tokens, packing), packing, None, None)
         types = self._packed_token_types(token_type_ids, packing)
         given = (tokens, None) if inputs_embeds is None else (None, tokens)
         x = self.embeddings(*given, packing, *types)
@@ -273,6 +273,13 @@ class EncoderModel(BiotePreTrainedModel):
     def _can_replay(self, tokens: Tensor) -> bool:
         fits = tokens.is_cuda and len(tokens) <= MAX_TOKENS and self.dtype in (torch.float16, torch.bfloat16)
         return self.config.cuda_graphs and fits and not self.training and not torch.is_grad_enabled()
+
+    def _last_states(self, token_ids: Tensor, packing: Packing) -> Tensor:
+        return self._run(self.embeddings(token_ids, None, packing), packing)[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.graphed.graphs.clear()  # they hold the addresses of weights that are about to move
+        return super()._apply(fn, recurse)
 
     def _run(
         self, x: Tensor, packing: Packing, keep_states: bool = False, keep_attentions: bool = False

@@ -95,13 +95,14 @@ def verify(folder: Path) -> list[Check]:
     """Run the checkpoint in `folder` on its golden inputs, by every engine and dtype that this machine has."""
     golden, provenance = read_golden(folder / GOLDEN_FILE)
     auto = getattr(transformers, provenance["auto_class"])
+    exact = {"layer_precision": "bf16", "quantized_weights": False}  # whatever layers its last user quantised
     runs = [("torch", "cpu", "float64"), ("torch", "cpu", "float32"), ("torch", "cpu", "bfloat16")]
     if torch.cuda.is_available():
-        engine = auto.from_pretrained(folder, trust_remote_code=True).base_model.engine
+        engine = auto.from_pretrained(folder, trust_remote_code=True, **exact).base_model.engine
         runs.append((engine, "cuda", "bfloat16"))
     checks = []
     for engine, device, dtype in runs:
-        model = auto.from_pretrained(folder, trust_remote_code=True, engine=engine, dtype=DTYPES[dtype])
+        model = auto.from_pretrained(folder, trust_remote_code=True, engine=engine, dtype=DTYPES[dtype], **exact)
         model = model.to(device).eval()
         ours = outputs_of(model, golden["input_ids"].to(device), golden["attention_mask"].to(device))
         checks += check_outputs(ours, golden, provenance["noise"], dtype, engine)

@@ -142,24 +142,25 @@ def read_hf_config(theirs: Json) -> Esm2TEConfig:
     wrong = [f"{key}={theirs.get(key)!r}" for key, allowed in required.items() if theirs.get(key) not in allowed]
     if wrong:
         raise ValueError(f"this is an ESM model, but not an ESM-2 one: {', '.join(wrong)}")
-    return _common_config(theirs)
+    return _common_config(theirs, EsmConfig().to_dict())
 
 
 def read_nvidia_config(theirs: Json) -> Esm2TEConfig:
     """NVEsmConfig's JSON -> ours, with the exact GELU of the original (NVIDIA's modules compute `gelu_tanh`)."""
     if theirs.get("qkv_weight_interleaved") is False:
         raise ValueError("qkv_weight_interleaved=False: only NVIDIA's published layout, interleaved by head, is read")
-    config = _common_config(theirs)
+    config = _common_config(theirs, {})
     config.contact_head = False
     return config
 
 
-def _common_config(theirs: Json) -> Esm2TEConfig:
+def _common_config(theirs: Json, defaults: Json) -> Esm2TEConfig:
     missing = [
         key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in theirs
     ]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
+    theirs = {**defaults, **theirs}
     rope = theirs.get("rope_parameters") or {}
     return Esm2TEConfig(
         **{key: theirs[key] for key in SAME_NAMES if theirs.get(key) is not None},
@@ -177,7 +178,8 @@ def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
 
 def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> NVEsmConfig's JSON."""
-    refuse_other(config, ARCHITECTURE, "NVIDIA's layout")
+    exact_or_theirs = "gelu" if config.hidden_act == "gelu" else "gelu_tanh"
+    refuse_other(config, {**ARCHITECTURE, "hidden_act": exact_or_theirs}, "NVIDIA's layout")
     return {
         "model_type": "nv_esm",
         **_written(config),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biote.runtime.modeling import EncoderModel
+
 TOKENS_A_BATCH = 16_384
 
 
@@ -70,7 +72,10 @@ def _hidden_states(
     empty = [number for number, cell in enumerate(cells) if len(cell) == 0]
     if empty:
         raise ValueError(f"cell {empty[0]} has no token")
-    encoder = model.base_model
+    padded = [number for number, cell in enumerate(cells) if model.config.pad_token_id in cell]
+    if padded:
+        raise ValueError(f"cell {padded[0]} holds padding (id {model.config.pad_token_id}): give it without")
+    encoder = next(module for module in model.modules() if isinstance(module, EncoderModel))
     start = 0
     while start < len(cells):
         end, size = start + 1, len(cells[start])

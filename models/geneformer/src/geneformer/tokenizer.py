@@ -243,7 +243,7 @@ def _checked_counts(source: _Source, rows: slice) -> sparse.csr_matrix:
         ("NaN or infinite counts", ~np.isfinite(counts.data)),
         ("negative counts", counts.data < 0),
         (
-            "counts that are no whole numbers: pass raw counts, perhaps layer='counts'",
+            "counts that are no whole numbers: pass raw counts, perhaps layer='counts', or adata.raw.to_adata()",
             counts.data != np.floor(counts.data),
         ),
     ):
@@ -270,6 +270,8 @@ def _obs_column(obs: pd.DataFrame, name: str) -> pa.ChunkedArray:
     if name not in obs and name != "obs_names":
         raise ValueError(f"obs has no column {name}; it has {', '.join(obs.columns)}")
     values = obs.index.to_series() if name == "obs_names" else obs[name]
+    if isinstance(values, pd.DataFrame):
+        raise ValueError(f"obs has several columns {name}: rename them")
     try:
         column = pa.table({name: pa.array(values, from_pandas=True)})[name]
         return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
