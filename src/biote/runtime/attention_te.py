@@ -1,6 +1,6 @@
 """Attention over packed tokens, with the rotation before it: cuDNN's, differentiable, and for few tokens PyTorch's.
 
-te.DotProductAttention runs cuDNN's kernels too, but takes the host half a millisecond a call to choose them.
+te.DotProductAttention runs cuDNN's kernels too, but has the host choose among them at every call.
 Shapes: T packed tokens, B sequences, H heads, D head dim.
 """
 
