@@ -2,10 +2,14 @@
 
 import copy
 import io
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from biote.runtime.cuda_graphs import GraphedEncoder
+from biote.runtime.packing import plan_packing
 from esm2 import Esm2TEConfig, Esm2TEModel
 
 
@@ -29,3 +33,27 @@ def test_a_copy_records_graphs_of_its_own(model):
 @pytest.mark.parametrize("move", [lambda model: model.half(), lambda model: model.to("meta")])
 def test_weights_that_move_leave_no_graph(model, move):
     assert not move(model).graphed.graphs
+
+
+class NoGraph:
+    """Stands in for torch.cuda's graph, which this machine cannot record."""
+
+    def replay(self):
+        pass
+
+
+def test_modes_mix(model, monkeypatch):
+    """What inference mode recorded, another mode may fill and replay."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: MagicMock())
+    for context in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, context, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    encoder = GraphedEncoder()
+    embed = model.embeddings.word_embeddings
+    ids = torch.arange(5, 15)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found = encoder(lambda ids, _: embed(ids), ids.clone(), plan_packing(ids[None]))
+            assert torch.equal(found, embed(ids))

@@ -110,7 +110,6 @@ class BiotePreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _no_split_modules = ["TransformerBlock"]
-    _keep_in_fp32_modules_strict = {"rotary"}
     _input_embed_layer = "word_embeddings"
     _new_head: str | None = None  # the module that may be absent from a checkpoint of another architecture
 
