@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import EsmConfig, EsmForSequenceClassification, Trainer, TrainingArguments
 
 from amplify import AmplifyTEConfig, AmplifyTEModel
@@ -94,3 +95,23 @@ def test_trainer_accumulates_gradients_like_one_large_batch(tmp_path):
         Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in IDS]).train()
         weights.append(model.model.layers[0].mlp.fc1.weight.detach())
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's affair
+def test_lora_on_the_weights_of_fused_layers():
+    torch.manual_seed(0)
+    model = Esm2TEForMaskedLM(Esm2TEConfig(**SHAPE, engine="torch")).eval()
+    before = model(IDS).logits
+    weights = ["attention.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_parameters=weights)).eval()
+    with_adapters = adapted(IDS).logits
+    assert float((with_adapters - before).abs().max()) > 1e-3
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, with_adapters)
+
+
+@pytest.mark.parametrize("layer", ["qkv", "fc1", "fc2"])
+def test_lora_around_a_fused_layer_is_refused(layer):
+    """It would see the input of the norm or of the activation, not of the product."""
+    model = Esm2TEForMaskedLM(Esm2TEConfig(**SHAPE, engine="torch"))
+    with pytest.raises(ValueError, match="is not supported"):
+        get_peft_model(model, LoraConfig(target_modules=[layer]))
