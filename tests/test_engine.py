@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,6 +210,14 @@ def test_where_te_can_run(
 def test_torch_never_asks_for_te(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "why_not_te", lambda: pytest.fail("asked"))
     assert resolve_engine("torch") == "torch"
+
+
+def test_an_old_gpu_is_told_to_take_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_of(monkeypatch, (7, 5))
+    model: Any = Esm2TEModel(config_of("torch"))
+    model._check_engine(SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda"))
+    with pytest.raises(RuntimeError, match=r"load the model with dtype=torch\.float32"):
+        model._check_engine(SimpleNamespace(is_cuda=True, dtype=torch.float16, device="cuda"))
 
 
 @pytest.mark.usefixtures("fresh_layers")
