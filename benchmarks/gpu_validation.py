@@ -10,12 +10,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import HERE, provenance, random_original, tagged, write_result
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer, logging
 
 sys.path.append(str(HERE.parent / "examples"))
@@ -64,10 +64,10 @@ def inputs_of(tag: str, exported: Path) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(SEED)
         genes = range(4, checkpoint.shape["vocab_size"])
         cells = [torch.randperm(len(genes), generator=generator)[:length] + genes.start for length in CELLS]
-        mask = torch.arange(max(CELLS)) < torch.tensor(CELLS)[:, None]
-        return pad_sequence(cells, batch_first=True).cuda(), mask.long().cuda()
-    proteins = list(read_fasta(PROTEINS).values())
-    batch = AutoTokenizer.from_pretrained(exported)(proteins, padding=True, return_tensors="pt")
+        batch = replace(port, example_inputs=tuple(tuple(cell.tolist()) for cell in cells)).example_batch()
+    else:
+        proteins = list(read_fasta(PROTEINS).values())
+        batch = AutoTokenizer.from_pretrained(exported)(proteins, padding=True, return_tensors="pt")
     return batch["input_ids"].cuda(), batch["attention_mask"].cuda()
 
 

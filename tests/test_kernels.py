@@ -154,9 +154,8 @@ def test_dropout_of_attention():
         weights = weights.masked_fill(gone.transpose(0, 1)[:, :, : len(piece)], 0) / kept
         pieces.append(torch.einsum("hlm,mhd->lhd", weights, v))
     expected, found = torch.cat(pieces), attend(qkv)
-    share = float(torch.cat([gone[..., :n].flatten() for gone, n in zip(dropped.split(lengths), lengths, strict=True)])
-                  .double().mean())  # fmt: skip
-    assert abs(share - (1 - kept)) < 0.03
+    gone = torch.cat([each[..., :n].flatten() for each, n in zip(dropped.split(lengths), lengths, strict=True)])
+    assert abs(float(gone.double().mean()) - (1 - kept)) < 0.03
     assert relative(found, expected) < 2 * TOLERANCE[torch.bfloat16]
     gradient = randn(41, H, D).to("cuda", torch.bfloat16)
     found.backward(gradient)

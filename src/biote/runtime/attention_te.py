@@ -27,15 +27,21 @@ def cudnn_can_attend(qkv: Tensor) -> bool:
     return half_precision and size_fits and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
 
 
+def _turn(qkv: Tensor, rotary: Rotary | None, rope: str) -> float:
+    """Turn queries and keys in place, if at all; returns by what scores are yet to be scaled."""
+    scale = qkv.shape[-1] ** -0.5
+    if rotary is None:
+        return scale
+    rotate_in_place(qkv, *rotary, scale, rope == "pairs")
+    return 1.0  # the rotation has scaled the queries
+
+
 def flash_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, rope: str) -> Tensor:
     """As `cudnn_attention`, without gradient or dropout; qkv has as many rows as packing has positions.
 
     Two kernels where cuDNN takes seven: faster below a few thousand tokens.
     """
-    scale = qkv.shape[-1] ** -0.5
-    if rotary is not None:
-        rotate_in_place(qkv, *rotary, scale, rope == "pairs")
-        scale = 1.0  # the rotation has scaled the queries
+    scale = _turn(qkv, rotary, rope)
     q, k, v = qkv.unbind(2)
     bounds, longest = packing.cu_seqlens, packing.max_seqlen
     context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale)
@@ -63,10 +69,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, packing: Packing, dropout: float, rope: str
     ) -> Tensor:
-        scale, ctx.rope = qkv.shape[-1] ** -0.5, rope
-        if cos is not None and sin is not None:
-            rotate_in_place(qkv, cos, sin, scale, rope == "pairs")
-            scale = 1.0  # the rotation has scaled the queries
+        ctx.rope = rope
+        scale = _turn(qkv, None if cos is None or sin is None else (cos, sin), rope)
         ctx.how = {
             "max_seqlen_q": packing.max_seqlen, "max_seqlen_kv": packing.max_seqlen,
             "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_kv": packing.cu_seqlens,

@@ -108,9 +108,11 @@ def _launch_add_norm(
     def pointer(tensor: Tensor | None) -> Tensor:
         return x if tensor is None else tensor  # the kernel will not touch it
 
+    mean, rstd = statistics or (x, x)
+    data, scale, amax = fp8 or (x, x, x)
     _add_norm_kernel[(rows,)](
-        x, pointer(delta), weight, pointer(bias), pointer(summed), pointer(norm), (fp8 or (x,))[0],
-        *(statistics or (x, x)), *(fp8 or (x, x, x))[1:], n, eps,
+        x, pointer(delta), weight, pointer(bias), pointer(summed), pointer(norm), data,
+        mean, rstd, scale, amax, n, eps,
         HAS_DELTA=delta is not None, RMS=bias is None, KEEP_SUM=summed is not None, KEEP_NORM=norm is not None,
         KEEP_STATISTICS=statistics is not None, QUANTISE=fp8 is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
@@ -172,8 +174,11 @@ def add_norm_quantised(
     x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     stream = torch.empty_like(x) if post or delta is not None else x
-    kept = {"norm": stream} if post else {"summed": stream} if delta is not None else {}
-    _launch_add_norm(x, delta, weight, bias, eps, **kept, fp8=(data, quantizer.scale, quantizer.amax))
+    _launch_add_norm(
+        x, delta, weight, bias, eps,
+        summed=None if post or delta is None else stream, norm=stream if post else None,
+        fp8=(data, quantizer.scale, quantizer.amax),
+    )  # fmt: skip
     return stream, quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
 
 

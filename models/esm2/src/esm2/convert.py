@@ -178,8 +178,9 @@ def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
 
 def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> NVEsmConfig's JSON."""
-    exact_or_theirs = "gelu" if config.hidden_act == "gelu" else "gelu_tanh"
-    refuse_other(config, {**ARCHITECTURE, "hidden_act": exact_or_theirs}, "NVIDIA's layout")
+    refuse_other(config, ARCHITECTURE, "NVIDIA's layout")
+    if config.hidden_act not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"NVIDIA's layout has no counterpart of hidden_act={config.hidden_act!r}")
     return {
         "model_type": "nv_esm",
         **_written(config),
