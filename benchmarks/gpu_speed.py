@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_engine.common.recipe import DelayedScaling
 
+from biote.runtime.cuda_graphs import MAX_TOKENS
 from biote.runtime.modeling import EncoderConfig
 
 TAGS = {
@@ -193,7 +194,7 @@ def sides(model: str, batch: Batch, training: bool) -> dict[str, Callable[[], St
         "te engine": lambda: biote("te"),
         "te engine, fp8": lambda: biote("te", layer_precision="fp8"),
     }
-    if not training:
+    if not training and batch.tokens <= MAX_TOKENS:
         named["te engine, graph"] = lambda: biote("te", cuda_graphs=True)
         named["te engine, fp8, graph"] = lambda: biote("te", cuda_graphs=True, layer_precision="fp8")
     if batch.tokens % 16:

@@ -49,7 +49,6 @@ def test_modes_mix(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: MagicMock())
     for context in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, context, lambda *_, **__: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     encoder = GraphedEncoder()
     embed = model.embeddings.word_embeddings
     ids = torch.arange(5, 15)

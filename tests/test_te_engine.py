@@ -66,6 +66,17 @@ def test_graphs_stay_bounded_and_training_does_not_use_them():
     assert list(model.model.graphed.graphs) == before
 
 
+def test_graphs_are_recorded_again_after_weights_moved():
+    model, batch = build(cuda_graphs=True), packed(50, 60)
+    with torch.inference_mode():
+        expected = model(**batch).logits
+        assert len(model.cpu().model.graphed.graphs) == 0
+        assert torch.equal(model.cuda()(**batch).logits, expected)
+        model(**packed(700))  # in the memory of the first
+        assert torch.equal(model(**batch).logits, expected)
+    assert len(model.model.graphed.graphs) == 2
+
+
 @pytest.mark.fp8
 @pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
 def test_fp8_takes_odd_token_counts_and_trains(recipe):

@@ -49,7 +49,6 @@ class GraphedEncoder:
 
     def __init__(self) -> None:
         self.graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
-        self.pool: Any = None
 
     def __reduce__(self) -> Any:
         return GraphedEncoder, ()  # the copy of a model records graphs of its own
@@ -61,9 +60,10 @@ class GraphedEncoder:
         if graph is None:
             while len(self.graphs) >= MAX_GRAPHS:
                 self.graphs.popitem(last=False)
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            others = list(self.graphs.values())
+            pool = others[0].graph.pool() if others else None  # a pool ends with the last graph in it
             with torch.inference_mode(False), torch.no_grad():  # buffers that any later mode may fill
-                graph = _Graph(encode, bucket, token_ids, packing, self.pool)
+                graph = _Graph(encode, bucket, token_ids, packing, pool)
         self.graphs[bucket] = graph
         return graph.replay(token_ids, packing)
 
