@@ -38,17 +38,24 @@ def test_weights_that_move_leave_no_graph(model, move):
 class NoGraph:
     """Stands in for torch.cuda's graph, which this machine cannot record."""
 
+    def pool(self):
+        pass
+
     def replay(self):
         pass
 
 
-def test_modes_mix(model, monkeypatch):
-    """What inference mode recorded, another mode may fill and replay."""
+@pytest.fixture
+def stand_ins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: MagicMock())
     for context in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, context, lambda *_, **__: nullcontext())
+
+
+def test_modes_mix(model, stand_ins):
+    """What inference mode recorded, another mode may fill and replay."""
     encoder = GraphedEncoder()
     embed = model.embeddings.word_embeddings
     ids = torch.arange(5, 15)
@@ -56,3 +63,22 @@ def test_modes_mix(model, monkeypatch):
         with mode():
             found = encoder(lambda ids, _: embed(ids), ids.clone(), plan_packing(ids[None]))
             assert torch.equal(found, embed(ids))
+
+
+SHORT, MANY = [[300], [290, 1]], [[1] * 200, [65, *[1] * 140]]
+
+
+@pytest.mark.parametrize("batches", [SHORT, [[64]], MANY, [[60] * 200, [7] * 1700]])
+def test_every_token_of_a_graph_is_in_a_sequence(batches, stand_ins):
+    """Attention writes no row outside of the sequences, so the tokens that fill a graph up must be one."""
+    encoder = GraphedEncoder()
+    for lengths in batches:
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        ids = torch.ones(1, int(bounds[-1]), dtype=torch.long)
+        encoder(lambda ids, _: ids, ids[0], plan_packing(ids, cu_seq_lens_q=bounds))
+        recorded = next(reversed(encoder.graphs.values())).packing
+        within = recorded.lengths
+        assert within[: len(lengths)] == lengths
+        assert sum(within) == len(recorded.positions)
+        assert max(within) <= recorded.max_seqlen
+        assert set(within[len(lengths) + 1 :]) <= {0}

@@ -1,7 +1,8 @@
 """Inference through CUDA graphs: the encoder's launches are recorded once and replayed, at no cost to the host.
 
 A graph has fixed sizes. Token count, sequence count and longest length are rounded up to a bucket, so that batches of
-changing lengths replay the same graph; the memory of all graphs is one pool, and the least recently used are dropped.
+changing lengths replay the same graph; the surplus tokens are a sequence of their own, after the others. The memory of
+all graphs is one pool, and the least recently used are dropped.
 Shapes: T packed tokens, B sequences, N hidden size; padded to the bucket in a graph.
 """
 
@@ -30,11 +31,11 @@ class Bucket:
 
 
 def bucket_of(packing: Packing) -> Bucket:
-    """Tokens rounded up by at most a sixteenth, sequences and longest length to powers of two."""
+    """Tokens rounded up by at most a sixteenth, sequences (with the surplus) and longest length to powers of two."""
     tokens = len(packing.positions)
     step = max(64, 1 << max(tokens.bit_length() - 5, 0))
-    sequences = len(packing.cu_seqlens) - 1
-    return Bucket(-(-tokens // step) * step, _power_of_two(sequences), max(_power_of_two(packing.max_seqlen), 64))
+    sequences = len(packing.cu_seqlens)  # one more than the batch has
+    return Bucket(-(-tokens // step) * step, _power_of_two(sequences), max(_power_of_two(packing.max_seqlen), step))
 
 
 def _power_of_two(number: int) -> int:
@@ -99,7 +100,7 @@ class _Graph:
         self.packing.positions[:tokens].copy_(packing.positions)
         self.packing.positions[tokens:].zero_()
         self.packing.cu_seqlens[: len(bounds)].copy_(bounds)
-        self.packing.cu_seqlens[len(bounds) :].fill_(tokens)  # sequences of no token
+        self.packing.cu_seqlens[len(bounds) :].fill_(len(self.token_ids))  # the surplus, then sequences of no token
 
     def replay(self, token_ids: Tensor, packing: Packing) -> Tensor:
         self._fill(token_ids, packing)

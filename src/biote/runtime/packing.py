@@ -32,11 +32,6 @@ class Packing:
         tokens = torch.arange(len(self.positions), dtype=torch.int32, device=self.positions.device)
         return torch.searchsorted(self.cu_seqlens[1:-1], tokens, right=True)
 
-    @cached_property
-    def past_the_last(self) -> Tensor:
-        """bool [T]: what lies past the last sequence, in the buffers of a CUDA graph."""
-        return torch.arange(len(self.positions), device=self.positions.device) >= self.cu_seqlens[-1]
-
     @property
     def first_tokens(self) -> Tensor:
         """int64 [B]: the packed index of each sequence's first token."""
