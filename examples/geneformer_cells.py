@@ -42,13 +42,15 @@ def blood_cells() -> anndata.AnnData:
 
 def own_dictionaries(cells: anndata.AnnData, folder: Path) -> tuple[Path, Path]:
     """Token ids and medians made from these cells alone, as JSON: a stand-in for the original's, of a whole corpus."""
+    if cells.X is None:
+        raise ValueError("the cells have no X")
     counts = sparse.csr_matrix(cells.X).toarray()
-    totals = cells.obs["n_counts"].to_numpy() if "n_counts" in cells.obs else counts.sum(1)
-    normalised = counts / totals[:, None] * 1e4
+    totals = cells.obs["n_counts"].to_numpy() if "n_counts" in cells.obs else np.nansum(counts, 1)
+    normalised = counts / np.maximum(totals, 1)[:, None] * 1e4
     medians = {
         gene: float(np.median(values[values > 0]))
         for gene, values in zip(cells.var_names, normalised.T, strict=True)
-        if values.any()
+        if (values > 0).any()
     }
     token_ids = {token: number for number, token in enumerate(["<pad>", "<mask>", "<cls>", "<eos>", *medians])}
     (folder / "token_ids.json").write_text(json.dumps(token_ids))
@@ -111,12 +113,13 @@ def main(
         tokenizer = GeneformerTokenizer(token_ids, medians, version)
         report = tokenizer.encode_file(cells, folder / "cells.parquet", obs_columns=[label])
         table = pq.read_table(folder / "cells.parquet")
+    if report.written < 3:
+        raise ValueError(f"{report.written} of {report.cells} cells have genes to rank: too few to draw")
     print(f"{report.written} of {report.cells} cells, {np.mean(table['length'].to_numpy()):.0f} tokens on average")
     model = GeneformerTEModel.from_original(source) if source else random_model(len(tokenizer.token_ids))
     if model.engine == "te":
         model.to("cuda")
-    first_gene = min(tokenizer.genes.values())
-    embeddings = cell_embeddings(model.eval(), table["input_ids"].to_pylist(), layer=-2, first_gene=first_gene)
+    embeddings = cell_embeddings(model.eval(), table["input_ids"].to_pylist(), layer=-2, version=version)
     title = source or "RANDOM weights: which genes cells express,\nand no biology that a model has learnt"
     picture(embeddings, [str(one) for one in table[label].to_pylist()], title, output)
     print(f"embeddings {list(embeddings.shape)}; wrote {output}")

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import EsmConfig
 
@@ -27,13 +28,17 @@ def test_the_keys_of_a_model_are_known_where_its_engine_cannot_run(fields):
         ("Geneformer-V2-104M", ("abc", "other"), ("ctheodoris/Geneformer", "abc", "other")),
         ("AMPLIFY_120M", ("abc", None), ("chandar-lab/AMPLIFY_120M", "abc", None)),
         ("me/mine", ("abc", "part"), ("me/mine", "abc", "part")),
+        ("me/mine", (None, None), ("me/mine", None, None)),
     ],
 )
 def test_a_tag_stands_for_a_pinned_revision_unless_another_is_named(monkeypatch, tmp_path, source, given, asked):
-    def download(repo_id, revision, allow_patterns):
+    def download(repo_id, revision, allow_patterns, ignore_patterns):
         subfolder = asked[2]
+        files = ["config.json", "model.safetensors", "sub/model.safetensors", "sub/config.json", "README.md"]
+        files = [f"{subfolder}/{file}" if subfolder else file for file in files[:2]] + files[2:]
+        chosen = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        assert list(chosen) == files[:2]
         assert (repo_id, revision) == asked[:2]
-        assert all(pattern.startswith(f"{subfolder}/") == bool(subfolder) for pattern in allow_patterns)
         (tmp_path / (subfolder or "")).mkdir(exist_ok=True)
         return tmp_path
 

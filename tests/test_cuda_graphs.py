@@ -65,10 +65,10 @@ def test_modes_mix(model, stand_ins):
             assert torch.equal(found, embed(ids))
 
 
-SHORT, MANY = [[300], [290, 1]], [[1] * 200, [65, *[1] * 140]]
+BATCHES = [[[300], [290, 1]], [[64]], [[1] * 200, [65, *[1] * 140]], [[60] * 200, [7] * 1700]]
 
 
-@pytest.mark.parametrize("batches", [SHORT, [[64]], MANY, [[60] * 200, [7] * 1700]])
+@pytest.mark.parametrize("batches", BATCHES)
 def test_every_token_of_a_graph_is_in_a_sequence(batches, stand_ins):
     """Attention writes no row outside of the sequences, so the tokens that fill a graph up must be one."""
     encoder = GraphedEncoder()

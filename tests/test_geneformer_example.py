@@ -24,6 +24,14 @@ def test_from_counts_to_a_picture(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "12 of 12 cells" in done.stdout
     assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
+    spoilt = np.where(counts == counts.max(), np.nan, counts)
+    for cells, reason in ((counts[:2], "2 of 2 cells have genes to rank"), (spoilt, "cell 'cell")):
+        anndata.AnnData(cells, obs[: len(cells)], pd.DataFrame(index=[f"G{i}" for i in range(40)])).write_h5ad(
+            tmp_path / "cells.h5ad"
+        )
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith(f"error: {reason}")
     refused = subprocess.run([*command, "--source", "x"], cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 1
     assert (

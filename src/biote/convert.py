@@ -60,7 +60,8 @@ def locate(source: str | Path, revision: str | None = None, subfolder: str | Non
 def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path:
     wanted = [f"{subfolder}/{pattern}" for pattern in WANTED] if subfolder else WANTED
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        others = None if subfolder else ["*/*"]  # a * of a pattern stands for slashes too
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=others))
     except HFValidationError as error:
         raise FileNotFoundError(f"{repo_id} is neither a folder, nor a known tag, nor a Hub id") from error
     except RepositoryNotFoundError as error:
@@ -250,7 +251,7 @@ def load_original(
     reader = CheckpointReader(folder)
     conversion = Conversion(port, reader.specs, config, TE, config_kwargs, str(folder))
     state = dict(conversion.tensors(reader.read))
-    if cls is not port.classes[conversion.auto]:
+    if cls is not port.classes[conversion.auto] and conversion.auto != "AutoModel":  # whose keys have no "model."
         state = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in state.values() if tensor.dim() > 1))
     model: Any = cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or widest)

@@ -47,6 +47,7 @@ def capture(port: ModelPort, original: Path, file: Path, provenance: Json) -> No
     }
     tensors = {**inputs, **reference}
     save_file({key: value.contiguous() for key, value in tensors.items()}, file, {"provenance": json.dumps(record)})
+    file.chmod(0o644)  # safetensors lets nobody else read it
 
 
 __all__ = ["GOLDEN_FILE", "capture"]

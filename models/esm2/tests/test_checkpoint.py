@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from biote.testing import contract
-from esm2 import Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEModel
+from esm2 import Esm2TEForMaskedLM
 from esm2.convert import PORT
 
 
@@ -15,12 +15,9 @@ def test_export_stands_alone(case, golden_folder, tmp_path, capsys):
     contract.assert_export_stands_alone(case, golden_folder, tmp_path, capsys)
 
 
-def test_another_head_starts_anew_and_keeps_the_encoder(golden_folder):
-    whole = Esm2TEForMaskedLM.from_original(str(golden_folder), engine="torch")
-    for cls in (Esm2TEModel, Esm2TEForTokenClassification):
-        other = cls.from_original(str(golden_folder), engine="torch")
-        encoder = getattr(other, "model", other).state_dict()
-        assert all(torch.equal(encoder[key], tensor) for key, tensor in whole.model.state_dict().items())
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_every_class_loads(case, auto, tmp_path):
+    contract.assert_every_class_loads(case, auto, tmp_path)
 
 
 def test_sizes_of_the_published_checkpoints():

@@ -15,6 +15,11 @@ def test_export_stands_alone(case, golden_folder, tmp_path, capsys):
     contract.assert_export_stands_alone(case, golden_folder, tmp_path, capsys)
 
 
+@pytest.mark.parametrize("auto", PORT.classes)
+def test_every_class_loads(case, auto, tmp_path):
+    contract.assert_every_class_loads(case, auto, tmp_path)
+
+
 @pytest.mark.parametrize("tag", PORT.tags)
 def test_sizes_of_the_published_checkpoints(tag):
     with torch.device("meta"):

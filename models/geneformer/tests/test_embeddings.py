@@ -1,5 +1,6 @@
 """Cell and gene embeddings against transformers' BertModel, one cell at a time."""
 
+import pandas as pd
 import pytest
 import torch
 from transformers import BertModel
@@ -40,7 +41,17 @@ def test_gene_embeddings(golden_folder):
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_cell_without_genes_is_refused(golden_folder):
+def test_cells_of_v1_have_genes_from_2_on(golden_folder):
+    model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
+    cell = [3, 17, 2]
+    states = model(torch.tensor([cell]), output_hidden_states=True).hidden_states[-2][0].detach()
+    torch.testing.assert_close(cell_embeddings(model, [cell], layer=-2, version="V1")[0], states.mean(0))
+    ids, found = gene_embeddings(model, pd.Series([cell], index=["a cell"]), layer=-2, version="V1")
+    assert ids.tolist() == [2, 3, 17]
+    torch.testing.assert_close(found, states[[2, 0, 1]])
+
+
+def test_what_is_no_cell_is_refused(golden_folder):
     model = GeneformerTEForMaskedLM.from_original(str(golden_folder), engine="torch").eval()
     assert cell_embeddings(model, []).shape == (0, 64)
     with pytest.raises(ValueError, match="cell 3 has no gene"):
@@ -49,5 +60,15 @@ def test_a_cell_without_genes_is_refused(golden_folder):
         gene_embeddings(model, [[2, 9, 3], []])
     with pytest.raises(ValueError, match="cell 1 holds padding"):
         cell_embeddings(model, [[2, 9, 3], [2, 9, 3, 0]])
+    with pytest.raises(ValueError, match=r"cell 1 is not between <cls> and <eos>: .*V1"):
+        cell_embeddings(model, [[2, 9, 3], [9, 3]])
+    with pytest.raises(ValueError, match="cell 0 is no list of token ids, but 2"):
+        cell_embeddings(model, [2, 9, 3])
+    with pytest.raises(ValueError, match="layer=9 is not one of the model's 4 hidden states"):
+        cell_embeddings(model, CELLS, layer=9)
+    with pytest.raises(ValueError, match="version='V3' is unknown"):
+        gene_embeddings(model, CELLS, version="V3")
+    with pytest.raises(ValueError, match="BertModel is no class of this port"):
+        gene_embeddings(BertModel.from_pretrained(golden_folder), CELLS)
     with pytest.raises(ValueError, match="training mode"):
         cell_embeddings(model.train(), CELLS)

@@ -2,9 +2,12 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from collections import defaultdict
 from fractions import Fraction
 
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -52,6 +55,7 @@ def by_the_rules(row, names, token_ids, medians, version):
     return tokens[:2048] if version == "V1" else [token_ids["<cls>"], *tokens[:4094], token_ids["<eos>"]]
 
 
+@pytest.mark.filterwarnings("ignore:.* repeat the Ensembl id")
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10**6), version=st.sampled_from(["V1", "V2"]), kind=st.sampled_from(["dense", "csr", "csc"])
@@ -154,15 +158,54 @@ def test_equal_values_of_unequal_medians_tie():
         assert found["input_ids"].to_pylist() == [[2, 4, 5, 3]]
 
 
-def test_no_cell_at_all(tmp_path):
+def test_a_chunk_without_cells_is_no_row_group(tmp_path):
+    """datasets takes the size of its batches from the first one."""
+    cells = cells_of(np.ones((7, 5)), filter_pass=[0, 0, 0, 1, 0, 1, 1])
+    path = write(cells, tmp_path / "cells.h5ad")
+    GeneformerTokenizer(*dictionaries()).encode_file(
+        path, tmp_path / "new" / "out.parquet", "obs_names", chunk_cells=3
+    )
+    file = pq.ParquetFile(tmp_path / "new" / "out.parquet")
+    assert [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)] == [2, 1]
+    assert file.read()["obs_names"].to_pylist() == ["cell3", "cell5", "cell6"]
+
+
+def test_genes_are_counted():
     tokenizer = GeneformerTokenizer(*dictionaries())
+    with pytest.warns(UserWarning, match=rf"^2 genes are left out .* as {GENES[1]}\.4: .* strips it"):
+        found = tokenizer.encode(cells_of([[3, 2, 1, 1]], [GENES[0], f"{GENES[1]}.4", f"{GENES[2]}.1", "ERCC.1"]))
+    assert found["length"].to_pylist() == [3]
+    with pytest.warns(UserWarning, match="^2 genes repeat the Ensembl id of another"):
+        tokenizer.encode(cells_of([[3, 2, 1, 1]], [GENES[0], GENES[0].lower(), GENES[0].title(), GENES[1]]))
+
+
+def test_two_runs_into_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, out = write(cells_of(np.ones((7, 5))), tmp_path / "cells.h5ad"), tmp_path / "out.parquet"
+    tokenizer, other = (GeneformerTokenizer(*dictionaries()) for _ in range(2))
+
+    def meanwhile(report):
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="obs has no column nosuch"):
+            other.encode_file(path, tmp_path / "out.parquet", ["nosuch"])
+
+    ranked = tokenizer._ranked
+    monkeypatch.setattr(tokenizer, "_ranked", lambda *given: (meanwhile(given), ranked(*given))[1])
+    assert tokenizer.encode_file(path, out, chunk_cells=3).written == 7
+    assert pq.read_metadata(out).num_rows == 7
+
+
+def test_no_cell_or_gene_at_all(tmp_path):
+    tokenizer = GeneformerTokenizer(*dictionaries())
+    with pytest.raises(ValueError, match="no gene of the file is in the token dictionary"):
+        tokenizer.encode(cells_of(np.zeros((3, 0))))
     none = cells_of(np.zeros((0, 5)), age=[])
     path = write(none, tmp_path / "cells.h5ad", "dense")
     tokenizer.encode_file(path, tmp_path / "out.parquet", ["age"])
     for found in (tokenizer.encode(none, ["age"]), pq.read_table(tmp_path / "out.parquet")):
         assert (found.num_rows, found.column_names) == (0, ["input_ids", "length", "age"])
-    with pytest.raises(ValueError, match="chunk_cells=0 must be at least 1"):
-        tokenizer.encode_file(path, tmp_path / "out", chunk_cells=0)
+    for size in (0, 600_000):
+        with pytest.raises(ValueError, match=f"chunk_cells={size} must be between 1 and 500,000"):
+            tokenizer.encode_file(path, tmp_path / "out", chunk_cells=size)
 
 
 def test_columns_of_obs():
@@ -210,8 +253,14 @@ def test_dictionaries(tmp_path):
     (tmp_path / "medians.json").write_text(json.dumps(medians))
     assert GeneformerTokenizer(tmp_path / "ids.json", str(tmp_path / "medians.json")).medians == medians
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps(token_ids))
-    with pytest.raises(ValueError, match=r"is a pickle.*python -c"):
-        GeneformerTokenizer(tmp_path / "ids.pkl", medians)
+    (tmp_path / "disguised.json").write_bytes(pickle.dumps({key: np.int64(x) for key, x in token_ids.items()}))
+    for name in ("ids.pkl", "disguised.json"):
+        with pytest.raises(ValueError, match=r"is a pickle.*python -c") as refused:
+            GeneformerTokenizer(tmp_path / name, medians)
+    (tmp_path / "made").mkdir()
+    command = str(refused.value).partition("python -c ")[2]
+    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, cwd=tmp_path / "made")
+    assert GeneformerTokenizer(tmp_path / "made" / "disguised.json", medians).token_ids == token_ids
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
         GeneformerTokenizer(tmp_path / "bad.json", medians)
@@ -221,10 +270,34 @@ def test_dictionaries(tmp_path):
     for wrong in ({GENES[0]: 2}, {GENES[0]: 5}, {GENES[0].lower(): 40}):
         with pytest.raises(ValueError, match="to several genes, or a special id to one"):
             GeneformerTokenizer({**token_ids, **wrong}, medians)
-    with pytest.raises(ValueError, match=f"1 genes have no positive median, among them {GENES[0]}"):
-        GeneformerTokenizer(token_ids, {**medians, GENES[0]: 0})
+    for median in (0, None, float("inf"), float("nan"), "1"):
+        with pytest.raises(ValueError, match=f"1 genes have no positive median, among them {GENES[0]}"):
+            GeneformerTokenizer(token_ids, {**medians, GENES[0]: median})
+    for number in (4.7, None, "x"):
+        with pytest.raises(ValueError, match=f"1 token ids are no whole numbers, among them {GENES[0]}: {number!r}"):
+            GeneformerTokenizer({**token_ids, GENES[0]: number}, medians)
     with pytest.raises(ValueError, match="version='V3' is unknown"):
         GeneformerTokenizer(token_ids, medians, "V3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.__delitem__("obs"), r"cells\.h5ad is no \.h5ad file; .*scanpy\.read_10x_h5"),
+        (lambda file: file.__delitem__("X"), "the file has no X: choose a layer"),
+        (lambda file: (file.__delitem__("var"), file.create_dataset("var", data=[1])), "before 0.7"),
+        (lambda file: file["X/indices"].__setitem__(0, 10**8), "genes that the file does not have"),
+        (lambda file: file["X/indices"].__setitem__(0, -5), "genes that the file does not have"),
+        (lambda file: file["X"].attrs.__setitem__("shape", (7, 60)), r"are \(7, 60\), but obs and var have \(7, 5\)"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, change, message):
+    path = write(cells_of(np.ones((7, 5))), tmp_path / "cells.h5ad")
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(ValueError, match=message):
+        GeneformerTokenizer(*dictionaries()).encode_file(path, tmp_path / "out.parquet")
+    assert [x.name for x in tmp_path.iterdir()] == ["cells.h5ad"]
 
 
 def test_what_the_file_lacks_is_said(tmp_path):

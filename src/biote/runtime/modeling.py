@@ -126,7 +126,8 @@ class BiotePreTrainedModel(PreTrainedModel):
         ]
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}: {', '.join(missing)}"
+                f"{pretrained_model_name_or_path or 'the checkpoint'} lacks {len(missing)} weights of {cls.__name__}: "
+                f"{', '.join(missing)}"
             )
         return (model, info) if with_info else model
 

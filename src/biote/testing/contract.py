@@ -448,6 +448,27 @@ def assert_save_and_load(case: Case, auto: str, tmp_path: Path) -> None:
     assert {buffer.dtype for buffer in half.buffers()} <= {torch.float32}, "rotary frequencies stay float32"
 
 
+def assert_every_class_loads(case: Case, auto: str, tmp_path: Path) -> None:
+    """Any class takes an original's encoder, with a new head if need be; the masked LM's head must be there."""
+    original, ours = case.pair(auto)
+    original.save_pretrained(tmp_path / "original")
+    classes: dict[str, Any] = {**case.port.classes}
+    for name, cls in classes.items():
+        if name == "AutoModelForMaskedLM" and name != auto:
+            with pytest.raises(ValueError, match=r"the checkpoint lacks .* lm_head"):
+                cls.from_original(str(tmp_path / "original"), engine="torch")
+            continue
+        model = cls.from_original(str(tmp_path / "original"), engine="torch")
+        encoder = model.base_model.state_dict()
+        assert all(
+            torch.equal(encoder[key], x.to(encoder[key].dtype)) for key, x in ours.base_model.state_dict().items()
+        )
+        model.save_pretrained(tmp_path / name)
+        again = getattr(transformers, name).from_pretrained(tmp_path / name, engine="torch")
+        assert type(again) is cls
+        assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
 def assert_gradient_checkpointing(case: Case, auto: str, setting: Setting = EXACT) -> None:
     """Gradients are the same with and without recomputation."""
     _, ours = case.pair(auto, setting)

@@ -5,12 +5,15 @@ Shapes: B cells, G genes of the file, K genes of the file that the token diction
 """
 
 import json
+import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,16 @@ from scipy import sparse
 SPECIAL_TOKENS = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}  # ids 0, 1, 2, 3
 MOST_GENES = {"V1": 2048, "V2": 4094}
 CHUNK = 1024  # cells in memory at a time
+PICKLE = b"\x80"  # what pickles begin with, since their second protocol
+MOST_CELLS = 500_000  # in a chunk: arrow counts a chunk's tokens in 32 bits
 
 
 @dataclass
 class Encoded:
-    """What became of a file's cells."""
+    """What became of a file's cells and genes."""
 
+    genes: int = 0
+    known_genes: int = 0  # different ones, in the dictionary
     cells: int = 0
     written: int = 0
     filtered: int = 0  # obs["filter_pass"] is not 1
@@ -69,29 +76,31 @@ class GeneformerTokenizer:
         if version not in SPECIAL_TOKENS:
             raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(SPECIAL_TOKENS)}")
         self.version = version
-        self.token_ids = {key: int(number) for key, number in _read(token_ids).items()}
-        self.medians = {key.upper(): float(value) for key, value in _read(medians).items()}
+        self.token_ids = dict(_read(token_ids))
+        wrong = [f"{name}: {number!r}" for name, number in self.token_ids.items() if not isinstance(number, Integral)]
+        if wrong:
+            raise ValueError(f"{len(wrong)} token ids are no whole numbers, among them {', '.join(wrong[:3])}")
+        self.medians = {key.upper(): value for key, value in _read(medians).items()}
         special = {key: number for key, number in self.token_ids.items() if key.startswith("<")}
         expected = {token: number for number, token in enumerate(SPECIAL_TOKENS[version])}
         if special != expected:
             raise ValueError(f"the special tokens of {version} are {expected}; the dictionary has {special}")
         self.genes = {key.upper(): number for key, number in self.token_ids.items() if not key.startswith("<")}
         numbers = set(self.genes.values())
-        if len(numbers) + len(special) < len(self.token_ids) or min(numbers, default=0) < len(special):
+        if len(numbers) + len(special) < len(self.token_ids) or min(numbers, default=len(special)) < len(special):
             raise ValueError(
                 "the dictionary gives one token id, or one gene, to several genes, or a special id to one"
             )
-        lacking = sorted(gene for gene in self.genes if not self.medians.get(gene, 0) > 0)
+        lacking = sorted(gene for gene in self.genes if not _is_positive(self.medians.get(gene)))
         if lacking:
             raise ValueError(f"{len(lacking)} genes have no positive median, among them {', '.join(lacking[:3])}")
 
     def encode(self, cells: anndata.AnnData, obs_columns: Sequence[str] = (), layer: str | None = None) -> pa.Table:
         """Cells in memory -> table with input_ids (list of int32), length (int32) and the chosen columns of obs.
 
-        obs_columns: names of columns; "obs_names" stands for the cells' own names.
-
-        layer: where the raw counts are, if not in X. ValueError for what cannot be counts; cells that have none of the
-        dictionary's genes are left out, with a warning that says how many.
+        obs_columns: names of columns; "obs_names" stands for the cells' own names. layer: where the raw counts are, if
+        not in X. ValueError for what cannot be counts; cells that have none of the dictionary's genes are left out.
+        Warnings count these cells, Ensembl ids that occur several times, and those unknown for a version suffix.
         """
         counts = cells.X if layer is None else _layer(cells.layers, layer)
         if counts is None:
@@ -116,32 +125,37 @@ class GeneformerTokenizer:
         file appears whole or not at all.
         """
         h5ad, parquet = Path(h5ad), Path(parquet)
-        if chunk_cells < 1:
-            raise ValueError(f"chunk_cells={chunk_cells} must be at least 1")
+        if not 1 <= chunk_cells <= MOST_CELLS:
+            raise ValueError(f"chunk_cells={chunk_cells} must be between 1 and {MOST_CELLS:,}")
         if parquet.exists():
             raise FileExistsError(f"{parquet} exists already; remove it or choose another name")
         if not h5ad.is_file():
             raise FileNotFoundError(f"{h5ad} does not exist")
-        partial = parquet.with_name(f".{parquet.name}.partial")
+        parquet.absolute().parent.mkdir(parents=True, exist_ok=True)
         report = Encoded()
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{parquet.name}.partial-", dir=parquet.absolute().parent) as scratch:
+            partial = Path(scratch) / parquet.name
             with h5py.File(h5ad) as file, ExitStack() as stack:
                 writer: pq.ParquetWriter | None = None
                 for table in self._tables(_open(file, layer), obs_columns, report, chunk_cells):
                     writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
-                    writer.write_table(table)
+                    if table.num_rows:  # datasets cannot read a file whose first row group is empty
+                        writer.write_table(table)
             os.replace(partial, parquet)
-        finally:
-            partial.unlink(missing_ok=True)
         _warn(report)
         return report
 
     def _tables(
         self, source: _Source, obs_columns: Sequence[str], report: Encoded, chunk_cells: int
     ) -> Iterator[pa.Table]:
-        columns = {name: _obs_column(source.obs, name) for name in obs_columns}
+        expected = (len(source.obs), len(source.var))
+        if source.counts.shape != expected:
+            raise ValueError(f"the counts are {source.counts.shape}, but obs and var have {expected} cells and genes")
+        names = [obs_columns] if isinstance(obs_columns, str) else obs_columns
+        columns = {name: _obs_column(source.obs, name) for name in names}
         passing = _passing(source.obs)
         selector, token_ids, medians = self._known_genes(source.var)
+        report.genes, report.known_genes = selector.shape
         starts = range(0, max(len(source.obs), 1), chunk_cells)  # one empty table if there is no cell
         quiet = not sys.stderr.isatty()
         for start in track(starts, "encoding cells", console=Console(stderr=True), disable=quiet, transient=True):
@@ -162,10 +176,16 @@ class GeneformerTokenizer:
 
     def _known_genes(self, var: pd.DataFrame) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
         """A 0/1 matrix [G, K] that picks and sums the known genes, by rising token id; their ids and medians [K]."""
-        names = (
-            (var["ensembl_id"] if "ensembl_id" in var else var.index.to_series()).astype(str).str.upper().to_numpy()
-        )
+        ids = var["ensembl_id"] if "ensembl_id" in var else var.index.to_series()
+        names = ids.astype(str).str.upper()
         known = [(self.genes[name], place) for place, name in enumerate(names) if name in self.genes]
+        versioned = names[~names.isin(self.genes) & names.str.split(".").str[0].isin(self.genes)]
+        if len(versioned):
+            warnings.warn(
+                f"{len(versioned)} genes are left out that the dictionary knows without their version suffix, as "
+                f"{versioned.iloc[0]}: adata.var['ensembl_id'] = adata.var_names.str.split('.').str[0] strips it",
+                stacklevel=4,
+            )
         if not known:
             raise ValueError(
                 f"no gene of the file is in the token dictionary: its ids are like {', '.join(names[:3])}, the "
@@ -173,6 +193,11 @@ class GeneformerTokenizer:
             )
         tokens, places = (np.array(part) for part in zip(*known, strict=True))
         token_ids, columns = np.unique(tokens.astype(np.int32), return_inverse=True)
+        if len(token_ids) < len(known):
+            warnings.warn(
+                f"{len(known) - len(token_ids)} genes repeat the Ensembl id of another: their counts are summed",
+                stacklevel=4,
+            )
         ones = np.ones(len(places))
         selector = sparse.csr_matrix((ones, (places, columns)), shape=(len(names), len(token_ids)))
         by_id = {number: gene for gene, number in self.genes.items()}
@@ -200,13 +225,17 @@ def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
     if isinstance(dictionary, Mapping):
         return dictionary
     path = Path(dictionary)
-    if path.suffix in (".pkl", ".pickle"):
-        code = f"import json, pickle; json.dump(pickle.load(open('{path}', 'rb')), open('{path.stem}.json', 'w'))"
+    content = path.read_bytes()
+    if path.suffix in (".pkl", ".pickle") or content.startswith(PICKLE):
+        code = (
+            f"import json, pickle; text = json.dumps(pickle.load(open('{path}', 'rb')), default=lambda x: x.item()); "
+            f"open('{path.stem}.json', 'w').write(text)"
+        )
         raise ValueError(
             f'{path} is a pickle, which can run any code, and is not read. If you trust it: python -c "{code}"'
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content)
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(found, dict):
@@ -214,11 +243,17 @@ def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
     return found
 
 
+def _is_positive(median: Any) -> bool:
+    return isinstance(median, Real) and 0 < float(median) < math.inf
+
+
 def _open(file: h5py.File, layer: str | None) -> _Source:
+    if not {"obs", "var"} <= set(file):
+        raise ValueError(f"{file.filename} is no .h5ad file; scanpy reads other kinds, as scanpy.read_10x_h5")
+    if any(isinstance(file[name], h5py.Dataset) for name in ("obs", "var")):
+        raise ValueError("anndata before 0.7 wrote the file; write it anew: anndata.read_h5ad(...).write_h5ad(...)")
     if layer is None and "X" not in file:
         raise ValueError("the file has no X: choose a layer")
-    if isinstance(file["obs"], h5py.Dataset):
-        raise ValueError("anndata before 0.7 wrote the file; write it anew: anndata.read_h5ad(...).write_h5ad(...)")
     element = file["X"] if layer is None else _layer(file.get("layers", {}), layer)
     counts: Any = element
     if isinstance(element, h5py.Group):
@@ -238,6 +273,8 @@ def _layer(layers: Mapping[str, Any], name: str) -> Any:
 def _checked_counts(source: _Source, rows: slice) -> sparse.csr_matrix:
     """Raw counts [B, G] of some cells; ValueError that names a cell for what cannot be counts."""
     counts = sparse.csr_matrix(source.counts[rows], dtype=np.float64)
+    if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < counts.shape[1]:
+        raise ValueError("the sparse counts name genes that the file does not have: it is damaged")
     names = source.obs.index[rows]
     for problem, bad in (
         ("NaN or infinite counts", ~np.isfinite(counts.data)),
