@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,11 +7,12 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import EsmConfig
 
-from biote import convert
+from biote import convert, port
 from biote.convert import locate, state_specs
 from biote.files import WEIGHTS
+from biote.port import identify
 from esm2 import Esm2TEConfig, Esm2TEForMaskedLM, convert_te_to_hf
-from esm2.convert import read_hf_config
+from esm2.convert import PORT, read_hf_config
 
 
 @pytest.mark.parametrize("fields", [{"engine": "te"}, {"layer_precision": "fp8"}, {"quantized_weights": True}])
@@ -44,6 +46,23 @@ def test_a_tag_stands_for_a_pinned_revision_unless_another_is_named(monkeypatch,
 
     monkeypatch.setattr(convert, "snapshot_download", download)
     assert locate(source, *given) == tmp_path / (asked[2] or "")
+
+
+def test_ports_of_one_model_type_are_told_apart_by_what_their_configs_say(monkeypatch):
+    def refuse(theirs):
+        raise ValueError("not mine")
+
+    hf = PORT.formats["hf"]
+    twin = replace(PORT, name="twin")
+    sibling = replace(PORT, name="sibling", formats={"hf": replace(hf, read_config=refuse)})
+    config = {**EsmConfig(vocab_size=33, position_embedding_type="rotary").to_dict(), "architectures": ["EsmModel"]}
+    monkeypatch.setattr(port, "installed_ports", lambda: {"sibling": sibling, "esm2": PORT})
+    assert identify(config) == (PORT, "hf", "AutoModel")
+    with pytest.raises(ValueError, match=r"no port reads config\.json: sibling: not mine; esm2: .*not an ESM-2 one"):
+        identify({**config, "position_embedding_type": "absolute"})
+    monkeypatch.setattr(port, "installed_ports", lambda: {"twin": twin, "esm2": PORT})
+    with pytest.raises(ValueError, match="fits twin, esm2; say --port NAME"):
+        identify(config)
 
 
 def test_a_misspelled_field_is_refused():

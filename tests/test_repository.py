@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_every_model_has_the_same_files(model):
     assert model.name in installed_ports()
 
 
+def test_every_model_is_type_checked():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    sources = {f"models/{model.name}/src" for model in MODELS}
+    assert sources <= set(settings["files"])
+    assert sources <= set(settings["mypy_path"].split(":"))
+
+
 def test_the_core_knows_no_model():
     names = "|".join(["esm", "amplify", "geneformer", *(model.name for model in MODELS)])
     for path in ROOT.glob("src/biote/**/*.py"):
@@ -38,8 +46,8 @@ def test_a_model_imports_only_the_runtime_and_no_other_model():
     for model in MODELS:
         others = [other.name for other in MODELS if other != model]
         for path in model.glob("src/**/*.py"):
-            imported = re.findall(r"^(?:from|import)\s+([\w.]+)", path.read_text(), flags=re.M)
-            assert not set(imported) & set(others)
+            imported = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(), flags=re.M)
+            assert not {name.split(".")[0] for name in imported} & set(others)
             if path.name.endswith("_te.py"):
                 assert all(name.startswith("biote.runtime") for name in imported if name.startswith("biote"))
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
@@ -37,7 +37,10 @@ ShardSize = Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="lar
 @app.command("list")
 def list_ports() -> None:
     """Show the ports installed, their tags and formats."""
-    table = Table("port", "tag", "original", "parameters", "formats")
+    tag_column = Column("tag", no_wrap=True)  # whole, it is there to be typed
+    table = Table(
+        "port", tag_column, *(Column(name, overflow="fold") for name in ("original", "parameters", "formats"))
+    )
     for port in installed_ports().values():
         for tag, checkpoint in port.tags.items():
             parameters = checkpoint.facts.get("parameters", "")

@@ -53,7 +53,7 @@ def export(
         )
     template = port.directory / "model_readme.md"
     if not template.is_file():
-        raise FileNotFoundError(f"{template} does not exist: export runs from a checkout of the repository")
+        raise FileNotFoundError(f"{template} does not exist: a new port needs one, and export runs from a checkout")
     with new_folder(destination) as partial, tempfile.TemporaryDirectory() as scratch:
         original = folder
         if form == TE:

@@ -144,8 +144,24 @@ def identify(config: Json, port_name: str | None = None) -> tuple[ModelPort, str
         offered = [class_name for port, name in fits for class_name in port.architectures(name).values()]
         raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(offered)}")
     if len({port.name for port, _, _ in autos}) > 1:
+        autos = _readable(autos, config)
+    if len({port.name for port, _, _ in autos}) > 1:
         raise ValueError(f"model_type {model_type!r} fits {', '.join(p.name for p, _, _ in autos)}; say --port NAME")
     return autos[0]
+
+
+def _readable(fits: list[tuple[ModelPort, str, str]], config: Json) -> list[tuple[ModelPort, str, str]]:
+    """Of ports with the same model_type, those whose read_config takes the configuration: it refuses its siblings."""
+    readable, reasons = [], []
+    for port, name, auto in fits:
+        try:
+            port.formats[name].read_config(config)
+            readable.append((port, name, auto))
+        except Exception as error:  # whatever a field of the wrong kind raises
+            reasons.append(f"{port.name}: {error}")
+    if not readable:
+        raise ValueError(f"no port reads config.json: {'; '.join(reasons)}")
+    return readable
 
 
 def refuse_other(config: EncoderConfig, required: Json, what: str) -> None:

@@ -16,6 +16,7 @@ PAD, MASK, BOS, EOS = 0, 2, 3, 4
 LENGTHS = (19, 7, 12, 3)
 TINY = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 90, "max_length": 64,
+    "norm_eps": 1e-3,
 }  # fmt: skip
 
 

@@ -23,6 +23,10 @@ def test_files_round_trip(case, dtype, tmp_path):
     contract.assert_file_round_trip(case, AUTO, tmp_path, dtype)
 
 
+def test_the_configuration_survives(case):
+    contract.assert_config_survives(case, AUTO, but=("embedding_init_range", "tie_word_embeddings"))
+
+
 def test_missing_weights_are_refused(case, tmp_path):
     contract.assert_missing_weights_refused(case, AUTO, tmp_path)
 

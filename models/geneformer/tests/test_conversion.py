@@ -27,6 +27,10 @@ def test_files_keep_their_dtype(case, dtype, tmp_path):
     contract.assert_file_round_trip(case, "AutoModelForMaskedLM", tmp_path, dtype)
 
 
+def test_the_configuration_survives(case):
+    contract.assert_config_survives(case, "AutoModelForMaskedLM")
+
+
 def test_missing_weights_are_refused(case, tmp_path):
     contract.assert_missing_weights_refused(case, "AutoModelForMaskedLM", tmp_path)
 

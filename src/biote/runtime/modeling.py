@@ -77,7 +77,7 @@ class EncoderConfig(PreTrainedConfig):
             raise ValueError(f"rope={self.rope!r} is unknown; choose one of {', '.join(ROPES)}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads")
         if self.fp8_recipe not in FP8_RECIPES:
             raise ValueError(f"fp8_recipe={self.fp8_recipe!r} is unknown; choose one of {', '.join(FP8_RECIPES)}")

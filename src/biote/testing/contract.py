@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert import convert_folder, convert_model, own_state, state_specs
 from ..export import export, verify_isolated
@@ -331,6 +331,32 @@ def assert_round_trip(case: Case, auto: str) -> None:
     for key, tensor in found.items():
         assert torch.equal(tensor, expected[key]), key
         assert tensor.data_ptr() != expected[key].data_ptr(), f"{key} shares its storage"
+
+
+def assert_config_survives(case: Case, auto: str, but: tuple[str, ...] = ()) -> None:
+    """Whatever number or switch of the original's configuration is accepted comes back, and is not a default again.
+
+    but: fields that do not matter once there are weights.
+    """
+    original = case.pair(auto)[0]
+    general = PreTrainedConfig().to_dict().keys() - {"pad_token_id", "bos_token_id", "eos_token_id"}
+    own = original.config.to_dict().keys() - general - {"use_cache", *but}
+    kept = set()
+    for name in sorted(own):
+        value = getattr(original.config, name, None)
+        if not isinstance(value, bool | int | float):
+            continue
+        odd = not value if isinstance(value, bool) else value + 0.125 if isinstance(value, float) else abs(value - 1)
+        setattr(original.config, name, odd)
+        try:
+            back = convert_model(case.port, convert_model(case.port, original, TE, {"engine": "torch"}), "hf", {})
+        except ValueError:  # refused: a shape that is not that of the weights, or what the port does not compute
+            continue
+        finally:
+            setattr(original.config, name, value)
+        assert getattr(back.config, name) == odd, f"{name}={odd} came back as {getattr(back.config, name)}"
+        kept.add(name)
+    assert len(kept) > 3, f"only {kept} could be changed"
 
 
 def _dropped(case: Case, auto: str, original: Any) -> set[str]:

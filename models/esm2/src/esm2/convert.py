@@ -35,7 +35,8 @@ NVIDIA_VOCABULARY = 64  # rows of the vocabulary in NVIDIA's padded checkpoints
 SAME_NAMES = (  # fields that EsmConfig and ours have in common
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "pad_token_id", "mask_token_id",
-    "max_position_embeddings", "token_dropout", "tie_word_embeddings", "id2label", "label2id", "problem_type", "dtype",
+    "eos_token_id", "max_position_embeddings", "token_dropout", "tie_word_embeddings", "id2label", "label2id",
+    "problem_type", "dtype",
 )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
 
 def _written(config: Esm2TEConfig) -> Json:
     ours = config.to_dict()
-    same = {name: ours[name] for name in (*SAME_NAMES, "rope_theta", "eos_token_id") if ours.get(name) is not None}
+    same = {name: ours[name] for name in (*SAME_NAMES, "rope_theta") if ours.get(name) is not None}
     return {**same, "hidden_act": "gelu", "position_embedding_type": "rotary", "emb_layer_norm_before": False}
 
 
