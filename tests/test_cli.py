@@ -102,17 +102,37 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(biote, source, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "many"}, {"num_attention_heads": 0}, {"hidden_dropout_prob": 0}, {"id2label": "x"},
+        {"dtype": "x"}, {"pad_token_id": 99}, {"vocab_size": -1}, {"hidden_act": "silu"},
+    ],
+)  # fmt: skip
+def test_a_damaged_config_of_ours_is_one_line(biote, source, tmp_path, changes):
+    assert biote("convert", source, tmp_path / "te", "--to", "te")[0] == 0
+    edit_config(**changes)(tmp_path / "te")
+    for command in (["convert", tmp_path / "te", tmp_path / "out", "--to", "hf"], ["export", tmp_path / "te", "out"]):
+        status, _, error = biote(*command)
+        assert (status, error.count("\n")) == (1, 1)
+        assert "config.json of" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "te"]
+
+
 BAD_ARGUMENTS = {
     "unknown format": (["--to", "onnx"], "unknown format 'onnx'; esm2 has te, hf, nvidia"),
     "same format": (["--to", "hf"], "in the 'hf' format already"),
     "unknown port": (["--to", "te", "--port", "esm9"], "unknown port 'esm9'; installed: "),
     "unknown dtype": (["--to", "te", "--dtype", "int3"], "unknown dtype 'int3'"),
+    "small dtype": (["--to", "te", "--dtype", "float16"], "esm.contact_head.regression.bias holds 1e+06, which torch"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_bad_arguments(biote, source, tmp_path, name):
     arguments, message = BAD_ARGUMENTS[name]
+    state = load_file(source / WEIGHTS)
+    save_file({**state, "esm.contact_head.regression.bias": torch.tensor([1e6])}, source / WEIGHTS)
     status, _, error = biote("convert", source, tmp_path / "out", *arguments)
     assert (status, error.count("\n")) == (1, 1)
     assert message in error
@@ -150,10 +170,16 @@ def test_convert_there_and_back_and_between_foreign_formats(biote, source, tmp_p
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_folder_may_have_any_name_and_a_shard_a_size(biote, source, tmp_path):
+    status, out, _ = biote("convert", source, tmp_path / "[bold]out[/]", "--to", "te")
+    assert (status, out) == (0, f"wrote {tmp_path}/[bold]out[/]\n")
+    assert biote("convert", source, tmp_path / "other", "--to", "te", "--max-shard-gb", "inf")[0] == 2
+
+
 def test_list_and_env(biote):
     status, out, _ = biote("list")
     assert status == 0
-    assert "esm2_t48" in out
+    assert any("esm2_t48_15B_UR50D" in line and "facebook/esm2_t48_15B_UR50D" in line for line in out.splitlines())
     status, out, _ = biote("env")
     assert status == 0
     assert torch.__version__ in out

@@ -32,7 +32,7 @@ from esm2 import (
 
 CLASSES = [Esm2TEModel, Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEForSequenceClassification]
 TE_NAME = "transformer_engine.pytorch"
-KERNELS = "biote.runtime.kernels"  # Triton, which a machine without a GPU lacks
+KERNELS = "biote.runtime.kernels_te"  # Triton, which a machine without a GPU lacks
 ATTENTION = "biote.runtime.attention_te"
 
 

@@ -33,7 +33,7 @@ def randn(*shape):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [48, 320, 1280, 5120])
 def test_add_norm(dtype, width):
-    from biote.runtime.kernels import add_norm
+    from biote.runtime.kernels_te import add_norm
 
     def plain(x, delta, weight, bias):
         return x + delta, F.layer_norm(x + delta, (width,), weight, bias, 1e-5)
@@ -46,7 +46,7 @@ def test_add_norm(dtype, width):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_add_norm_of_a_post_norm_block(dtype):
-    from biote.runtime.kernels import add_norm
+    from biote.runtime.kernels_te import add_norm
 
     def plain(x, delta, weight, bias):
         norm = F.layer_norm(x + delta, (320,), weight, bias, 1e-12)
@@ -83,7 +83,7 @@ def relative(found, reference):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rotation(dtype, pairs):
-    from biote.runtime.kernels import rotate_in_place
+    from biote.runtime.kernels_te import rotate_in_place
 
     cos, sin = RotaryEmbedding(D, 10000.0).cuda()(torch.arange(T, device="cuda"))
     qkv, grad = randn(T, H, 3, D).to("cuda", dtype), randn(T + 1, H, 3, D)[1:].to("cuda", dtype)
@@ -166,7 +166,7 @@ def test_dropout_of_attention():
 def test_quantised_outputs():
     from transformer_engine.pytorch import DType, Float8Quantizer
 
-    from biote.runtime.kernels import (
+    from biote.runtime.kernels_te import (
         add_norm,
         add_norm_quantised,
         gelu,
@@ -208,7 +208,7 @@ def test_quantised_outputs():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [48, 320, 1280, 5120])
 def test_add_rms_norm(dtype, width):
-    from biote.runtime.kernels import add_norm
+    from biote.runtime.kernels_te import add_norm
 
     def plain(x, delta, weight):
         return x + delta, F.rms_norm(x + delta, (width,), weight, 1e-5)
@@ -220,7 +220,7 @@ def test_add_rms_norm(dtype, width):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [24, 1712, 2560])
 def test_swiglu(dtype, width):
-    from biote.runtime.kernels import swiglu
+    from biote.runtime.kernels_te import swiglu
 
     def plain(x):
         gate, value = x[:, :width], x[:, width:]
@@ -231,6 +231,6 @@ def test_swiglu(dtype, width):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gelu(dtype):
-    from biote.runtime.kernels import gelu
+    from biote.runtime.kernels_te import gelu
 
     compare(lambda x: (gelu(x),), lambda x: (0.5 * x * (1 + torch.erf(x / 2**0.5)),), [3 * randn(T, 96)], dtype)

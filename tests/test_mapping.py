@@ -278,13 +278,20 @@ def test_shapes_that_a_rule_cannot_take(rule: Rule, source: dict[str, tuple[int,
 
 
 def test_plan_moves_nothing_and_says_what_will_be_made() -> None:
-    theirs = {"q": numbers(4, 3, dtype=torch.float16), "k": numbers(4, 3), "v": numbers(4, 3), "n": numbers(2).long()}
+    theirs = {**{name: numbers(4, 3, dtype=torch.float16) for name in "qkv"}, "n": numbers(2).long()}
     made_anew = Recompute(ours=("f",), make=lambda: numbers(5), why="not stored")
     plan = Mapping.of(Rename(theirs=("n",), ours=("m",)), FUSE, made_anew).plan(meta(theirs), None, "from")
     assert [step.sources for step in plan.steps] == [("n",), ("q", "k", "v"), ()]
     made = {key: (spec.device.type, spec.dtype, tuple(spec.shape)) for key, spec in plan.made.items()}
-    expected = {"m": (torch.int64, (2,)), "qkv": (torch.float32, (12, 3)), "f": (torch.float32, (5,))}
+    expected = {"m": (torch.int64, (2,)), "qkv": (torch.float16, (12, 3)), "f": (torch.float32, (5,))}
     assert made == {key: ("meta", *spec) for key, spec in expected.items()}
+
+
+def test_what_becomes_one_tensor_has_one_dtype() -> None:
+    """Or the way back would not give each its own again."""
+    theirs = {"q": numbers(4, 3, dtype=torch.float16), "k": numbers(4, 3), "v": numbers(4, 3)}
+    with pytest.raises(MappingError, match="query, key and value, one tensor of ours, have different dtypes"):
+        Mapping.of(FUSE).plan(meta(theirs), None, "from")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -31,7 +31,9 @@ PortName = Annotated[str | None, typer.Option("--port", help="which port, where 
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit)")]
 Subfolder = Annotated[str | None, typer.Option(help="folder within the Hub repository or SRC")]
 Dtype = Annotated[str | None, typer.Option(help=f"cast to one of {', '.join(DTYPES)}; default: keep")]
-ShardSize = Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="largest weights file, in 10^9 bytes")]
+ShardSize = Annotated[
+    float, typer.Option("--max-shard-gb", min=0.001, max=1e6, help="largest weights file, in 10^9 bytes")
+]
 
 
 @app.command("list")
@@ -45,7 +47,7 @@ def list_ports() -> None:
         for tag, checkpoint in port.tags.items():
             parameters = checkpoint.facts.get("parameters", "")
             table.add_row(port.name, tag, checkpoint.repo_id, parameters, ", ".join(port.format_names))
-    console.print(table)
+    (console if console.is_terminal else Console(width=200)).print(table)  # in a pipe: nothing cut or folded
 
 
 @app.command()
@@ -77,7 +79,7 @@ def convert(
         locate(source, revision, subfolder), destination, to,
         port_name=port, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9),
     )  # fmt: skip
-    console.print(f"wrote {destination}")
+    print(f"wrote {destination}")
 
 
 @app.command()
@@ -96,14 +98,14 @@ def export(
         source, destination, port_name=port, revision=revision, subfolder=subfolder,
         dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9), push=push,
     )  # fmt: skip
-    console.print(f"wrote {destination}")
+    print(f"wrote {destination}")
 
 
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="an exported folder")]) -> None:
     """Check an exported folder against its golden values, where biote cannot be imported."""
     verify_isolated(folder)
-    console.print(f"{folder} reproduces the original")
+    print(f"{folder} reproduces the original")
 
 
 def port_export(port_name: str) -> typer.Typer:

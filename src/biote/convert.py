@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -95,7 +96,8 @@ class Conversion:
         if (self.source_format == TE) == (to == TE):
             raise ValueError(f"{where} is in the {self.source_format!r} format; one side of a conversion must be 'te'")
         self.config, self.their_config, mapping = self._read_configs(config, config_kwargs, where)
-        ours = state_specs(port.classes[self.auto], self.config)
+        with _blaming_config(where):
+            ours = state_specs(port.classes[self.auto], self.config)
         self.plan: Plan = mapping.plan(source, ours, "from" if to == TE else "to", where)
 
     def _read_configs(self, config: Json, config_kwargs: Json, where: str) -> tuple[EncoderConfig, Json, Mapping]:
@@ -104,10 +106,8 @@ class Conversion:
             form = port.formats[self.source_format]
             known = {field.name for field in fields(port.config_class)}
             _refuse_unknown_fields(known, config_kwargs, port.config_class.__name__)
-            try:
+            with _blaming_config(where):
                 fields_read = form.read_config(config).to_dict()
-            except Exception as error:  # whatever a field of the wrong kind raises, in transformers or here
-                raise ValueError(f"config.json of {where}: {error}") from error
             if "num_labels" in config_kwargs:  # the source's label names no longer fit
                 fields_read = {key: value for key, value in fields_read.items() if key not in ("id2label", "label2id")}
             ours = port.config_class.from_dict({**fields_read, **config_kwargs})
@@ -119,7 +119,8 @@ class Conversion:
                 raise ValueError(
                     f"the {self.to!r} format of {port.name} has no counterpart of {port.classes[auto].__name__}"
                 )
-            ours = port.config_class.from_dict(config)
+            with _blaming_config(where):
+                ours = port.config_class.from_dict(config)
             written = form.write_config(ours, auto)
             _refuse_unknown_fields(set(written), config_kwargs, f"the {self.to!r} format")
             theirs = {**written, **config_kwargs, "architectures": [form.architectures[auto]]}
@@ -137,7 +138,7 @@ class Conversion:
             for key, tensor in zip(step.sources, sources, strict=True):
                 refuse_nan(key, tensor)
             if dtype and not step.rule.keep_dtype:  # before the rule, which may fill rows with a dtype's lowest number
-                sources = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in sources]
+                sources = [_cast(key, tensor, dtype) for key, tensor in zip(step.sources, sources, strict=True)]
             yield from zip(step.targets, step.apply(sources), strict=True)
 
     def specs(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -265,6 +266,24 @@ def _port_of(cls: type[PreTrainedModel]) -> ModelPort:
         if cls in port.classes.values():
             return port
     raise ValueError(f"no installed port has the class {cls.__name__}")
+
+
+@contextmanager
+def _blaming_config(where: str) -> Iterator[None]:
+    """Whatever a field of the wrong kind raises, in transformers or here, is told as the config.json's fault."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"config.json of {where}: {error}") from error
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if cast.isinf().any() and not tensor.isinf().any():
+        raise ValueError(f"{key} holds {float(tensor.abs().max()):.3g}, which {dtype} cannot hold")
+    return cast
 
 
 def _refuse_unknown_fields(known: set[str], given: Json, what: str) -> None:

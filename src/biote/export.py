@@ -91,6 +91,7 @@ def verify_isolated(folder: Path) -> list[Json]:
         report = Path(scratch) / "checks.json"
         code = (
             f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+            f"sys.path.insert(0, {str(folder.absolute())!r}); "  # as for one who runs the script
             f"sys.argv = ['verify.py', {str(folder.absolute())!r}, '--json', {str(report)!r}]; "
             f"runpy.run_path({str(script.absolute())!r}, run_name='__main__')"
         )
@@ -103,6 +104,8 @@ def verify_isolated(folder: Path) -> list[Json]:
         if done.returncode:
             last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"verification failed: {last_line}")
+        if not report.is_file():
+            raise ValueError(f"{script} ended without a report")
         return json.loads(report.read_text(encoding="utf-8"))
 
 

@@ -77,6 +77,8 @@ class FuseQKV(Rule):
     heads: int
 
     def read(self, tensors: list[Tensor]) -> list[Tensor]:
+        if len({x.dtype for x in tensors}) > 1:
+            raise ValueError("query, key and value, one tensor of ours, have different dtypes")
         rows = [x.unflatten(0, (self.heads, -1)) for x in tensors]  # each [heads, head_dim, ...]
         return [torch.stack(rows, 1).flatten(0, 2)]
 
@@ -107,8 +109,8 @@ class Shared(Rule):
 
     def read(self, tensors: list[Tensor]) -> list[Tensor]:
         first, *others = tensors
-        if any(x.shape != first.shape for x in others):
-            raise ValueError("copies that must be equal have different shapes")
+        if any(x.shape != first.shape or x.dtype != first.dtype for x in others):
+            raise ValueError("copies that must be equal have different shapes or dtypes")
         if not first.is_meta and not all(torch.equal(x, first) for x in others):
             raise ValueError("copies that must be equal differ")
         return [first]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from .kernels import rotate_in_place
+from .kernels_te import rotate_in_place
 from .packing import Packing
 from .rope import Rotary
 

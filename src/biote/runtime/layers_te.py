@@ -24,7 +24,7 @@ except ImportError as error:
     raise RuntimeError(f'engine="te" needs TransformerEngine: {error}') from error
 
 from .attention_te import cudnn_attention, cudnn_can_attend, flash_attention
-from .kernels import add_norm, add_norm_quantised, gelu, gelu_quantised, relu_quantised, swiglu, swiglu_quantised
+from .kernels_te import add_norm, add_norm_quantised, gelu, gelu_quantised, relu_quantised, swiglu, swiglu_quantised
 
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Any], Any]]] = {  # one pass over memory each
     "gelu": (gelu, gelu_quantised),

@@ -71,6 +71,11 @@ class EncoderConfig(PreTrainedConfig):
     cuda_graphs: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.check()
+        super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """ValueError for a field that no layer understands: from_pretrained sets its arguments after __post_init__."""
         if self.engine not in ENGINES:
             raise ValueError(f"engine={self.engine!r} is unknown; choose one of {', '.join(ENGINES)}")
         if self.rope not in ROPES:
@@ -84,7 +89,6 @@ class EncoderConfig(PreTrainedConfig):
         precisions = layer_precisions(self.layer_precision, self.num_hidden_layers)
         if self.quantized_weights and set(precisions) == {"bf16"}:
             raise ValueError('quantized_weights needs layers of a layer_precision other than "bf16"')
-        super().__post_init__(**kwargs)
 
     @property
     def feed_forward_width(self) -> int:
@@ -215,6 +219,7 @@ class EncoderModel(BiotePreTrainedModel):
     max_positions: int | None = None  # longer sequences are refused, as the original cannot run them
 
     def __init__(self, config: EncoderConfig, rope_base: float | None = None):
+        config.check()
         super().__init__(config)
         self.engine = resolve_engine(config.engine)
         layers = layers_of(self.engine)

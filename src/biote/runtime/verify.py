@@ -2,7 +2,8 @@
 
 golden_values.safetensors holds inputs and what the original implementation computed from them in float64, with the
 original's own rounding error at float32 and bfloat16. Float64 must agree element by element; every other dtype may be
-at most NOISE_FACTOR times as far from the float64 values as the original itself is at that dtype.
+at most NOISE_FACTOR times as far from the float64 values as the original itself is at that dtype, a quantity of fewer
+than FEW numbers FEW_FACTOR times.
 Shapes: B batch, S padded length, N hidden size, V vocabulary.
 """
 
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 GOLDEN_FILE = "golden_values.safetensors"
 RTOL, ATOL = 1e-5, 1e-8  # float64 against float64
 NOISE_FACTOR = 1.1
+FEW, FEW_FACTOR = 500, 2.5  # the error of a classifier's dozen logits scatters by a factor of two about the original's
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +89,8 @@ def check_outputs(
             checks.append(Check(engine, dtype, quantity, exact_error(value, golden[quantity]), 1.0))
         else:
             error = relative_l2(value, golden[quantity])
-            checks.append(Check(engine, dtype, quantity, error, NOISE_FACTOR * noise[dtype][quantity]))
+            factor = FEW_FACTOR if value.numel() < FEW else NOISE_FACTOR
+            checks.append(Check(engine, dtype, quantity, error, factor * noise[dtype][quantity]))
     return checks
 
 
@@ -117,8 +120,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         checks = verify(arguments.folder)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except KeyError as error:
+        sys.exit(f"error: {GOLDEN_FILE} lacks {error}")
     print(f"{'engine':8}{'dtype':10}{'quantity':20}{'error':>12}{'allowed':>12}")
     for check in checks:
         verdict = "ok" if check.passed else "FAILED"

@@ -26,6 +26,8 @@ from ..port import TE, ModelPort
 from ..runtime.verify import (
     ATOL,
     DTYPES,
+    FEW,
+    FEW_FACTOR,
     GOLDEN_FILE,
     NOISE_FACTOR,
     RTOL,
@@ -63,10 +65,6 @@ GPU_SETTINGS = [
 # how precise we are is judged by the noise floor.
 AGREEMENT = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2, "fp8": 0.6}
 NOISE_MODELS = 5
-# Gradients share the rounding of one loss, and a classifier gives a dozen numbers: such errors scatter from one random
-# model to the next by a factor of two, on either side of the original's.
-SCATTER_FACTOR = 2.5
-FEW = 500
 # In float32 a GPU's attention kernels add up in another order than the original's products: it shows where the model
 # is this small; at the published shapes NOISE_FACTOR holds (docs/validation).
 GPU_FLOAT32_FACTOR = 1.25
@@ -218,8 +216,8 @@ def assert_noise_floor(case: Case, auto: str, setting: Setting) -> dict[str, Noi
     for key, error in errors.items():
         if setting.dtype == "fp8":
             allowed = FP8_BOUND
-        elif key == "gradients" or error.numbers < FEW:
-            allowed = SCATTER_FACTOR * error.original
+        elif key == "gradients" or error.numbers < FEW:  # gradients share the rounding of one loss
+            allowed = FEW_FACTOR * error.original
         elif setting.dtype == "float32" and setting.device == "cuda":
             allowed = GPU_FLOAT32_FACTOR * error.original
         else:
