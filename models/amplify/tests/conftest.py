@@ -1,6 +1,5 @@
 """The tiny AMPLIFY on which the contract is checked, and the folder of committed golden values."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ PAD, MASK, BOS, EOS = 0, 2, 3, 4
 LENGTHS = (19, 7, 12, 3)
 TINY = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 90, "max_length": 64,
-    "norm_eps": 1e-3,
 }  # fmt: skip
 
 
@@ -41,12 +39,6 @@ def make_batch(auto: str, seed: int) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def case() -> Case:
     return Case(PORT, make_original, make_batch)
-
-
-@pytest.fixture
-def case_with(case):
-    """The case with other options of the original's configuration."""
-    return lambda **options: replace(case, make_original=lambda auto, seed: make_original(auto, seed, **options))
 
 
 @pytest.fixture(scope="session")

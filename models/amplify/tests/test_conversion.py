@@ -14,8 +14,8 @@ AUTO = "AutoModelForMaskedLM"
 
 
 @pytest.mark.parametrize("options", [{}, {"hidden_act": "relu", "att_bias": True, "rms_norm": False}], ids=str)
-def test_models_round_trip(case_with, options):
-    contract.assert_round_trip(case_with(**options), AUTO)
+def test_models_round_trip(case, options):
+    contract.assert_round_trip(case.with_options(**options), AUTO)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

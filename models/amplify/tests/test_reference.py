@@ -64,9 +64,9 @@ def test_padding_is_not_attended_to(case, kind):
     torch.testing.assert_close(other[keep], whole[keep], rtol=1e-9, atol=1e-11)
 
 
-def test_one_block_by_hand(case_with):
+def test_one_block_by_hand(case):
     """One block, one head at a time, from the weights: scores over the root of the head's size, softmax, mix."""
-    original = case_with(num_hidden_layers=1).make_original(AUTO, 1)
+    original = case.with_options(num_hidden_layers=1).make_original(AUTO, 1)
     block = original.transformer_encoder[0]
     ids = torch.tensor([[3, 17, 7, 4]])
     x = original.encoder(ids)[0]

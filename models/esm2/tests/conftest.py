@@ -15,13 +15,14 @@ CLS, PAD, EOS, MASK, LABELS = 0, 1, 2, 32, 3
 LENGTHS = (19, 7, 12, 3)
 
 
-def make_original(auto: str, seed: int) -> PreTrainedModel:
-    config = EsmConfig(
-        vocab_size=33, pad_token_id=PAD, mask_token_id=MASK, hidden_size=64, num_hidden_layers=3,
-        num_attention_heads=4, intermediate_size=96, position_embedding_type="rotary", token_dropout=True,
-        emb_layer_norm_before=False,
-        layer_norm_eps=1e-3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=LABELS,
-    )  # fmt: skip
+def make_original(auto: str, seed: int, **options: object) -> PreTrainedModel:
+    tiny = {
+        "vocab_size": 33, "pad_token_id": PAD, "mask_token_id": MASK, "hidden_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "intermediate_size": 96, "position_embedding_type": "rotary", "token_dropout": True,
+        "emb_layer_norm_before": False, "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "num_labels": LABELS,
+    }  # fmt: skip
+    config = EsmConfig(**{**tiny, **options})
     config._attn_implementation = "eager"  # the one that returns attention maps
     model = randomize(getattr(transformers, HF_CLASSES[auto])(config), seed)
     frequencies = getattr(model, "esm", model).rotary_embeddings.inv_freq

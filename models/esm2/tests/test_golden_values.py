@@ -15,6 +15,11 @@ def test_float64_equals_the_original_with_gradients(case, auto):
     contract.assert_matches_original(case, auto)
 
 
+@pytest.mark.parametrize("options", [{"token_dropout": False}, {"mask_token_id": 31, "layer_norm_eps": 1e-3}], ids=str)
+def test_options_of_the_original(case, options):
+    contract.assert_matches_original(case.with_options(**options), "AutoModelForMaskedLM")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("auto", PORT.classes)
 def test_lower_dtypes_stay_at_the_noise_floor(case, auto, dtype):

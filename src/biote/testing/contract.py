@@ -7,7 +7,8 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,13 +76,18 @@ FP8_BOUND = 0.25  # relative L2 to float64 of a tiny random model in fp8; measur
 class Case:
     """A tiny model of a port, with which the contract is checked.
 
-    make_original: (Auto class, seed) -> the original in float64, EVERY parameter and buffer random.
+    make_original: (Auto class, seed, **options of its configuration) -> the original in float64, EVERY parameter and
+    buffer random.
     make_batch: (Auto class, seed) -> input_ids, attention_mask (right-padded, uneven) and labels.
     """
 
     port: ModelPort
-    make_original: Callable[[str, int], PreTrainedModel]
+    make_original: Callable[..., PreTrainedModel]
     make_batch: Callable[[str, int], dict[str, Tensor]]
+
+    def with_options(self, **options: Any) -> "Case":
+        """The case with other options of the original's configuration."""
+        return replace(self, make_original=partial(self.make_original, **options))
 
     def pair(self, auto: str, setting: Setting = EXACT, seed: int = 0) -> tuple[Any, Any]:
         """The original in float64 and our model with the same weights."""
