@@ -61,8 +61,9 @@ def test_ports_of_one_model_type_are_told_apart_by_what_their_configs_say(monkey
     with pytest.raises(ValueError, match=r"no port reads config\.json: sibling: not mine; esm2: .*not an ESM-2 one"):
         identify({**config, "position_embedding_type": "absolute"})
     monkeypatch.setattr(port, "installed_ports", lambda: {"twin": twin, "esm2": PORT})
-    with pytest.raises(ValueError, match="fits twin, esm2; say --port NAME"):
-        identify(config)
+    for both in (config, {**Esm2TEConfig().to_dict(), "architectures": ["Esm2TEModel"]}):
+        with pytest.raises(ValueError, match="fits twin, esm2; say --port NAME"):
+            identify(both)
 
 
 def test_a_misspelled_field_is_refused():

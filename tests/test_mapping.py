@@ -289,6 +289,8 @@ def test_plan_moves_nothing_and_says_what_will_be_made() -> None:
 
 def test_what_becomes_one_tensor_has_one_dtype() -> None:
     """Or the way back would not give each its own again."""
+    with pytest.raises(ValueError, match="different shapes or dtypes"):
+        Shared(theirs=("a", "b"), ours=("c",)).read([numbers(2), numbers(2).double()])
     theirs = {"q": numbers(4, 3, dtype=torch.float16), "k": numbers(4, 3), "v": numbers(4, 3)}
     with pytest.raises(MappingError, match="query, key and value, one tensor of ours, have different dtypes"):
         Mapping.of(FUSE).plan(meta(theirs), None, "from")

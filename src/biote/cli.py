@@ -41,7 +41,9 @@ def list_ports() -> None:
     """Show the ports installed, their tags and formats."""
     tag_column = Column("tag", no_wrap=True)  # whole, it is there to be typed
     table = Table(
-        "port", tag_column, *(Column(name, overflow="fold") for name in ("original", "parameters", "formats"))
+        Column("port", no_wrap=True),
+        tag_column,
+        *(Column(name, overflow="fold") for name in ("original", "parameters", "formats")),
     )
     for port in installed_ports().values():
         for tag, checkpoint in port.tags.items():

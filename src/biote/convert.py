@@ -96,7 +96,7 @@ class Conversion:
         if (self.source_format == TE) == (to == TE):
             raise ValueError(f"{where} is in the {self.source_format!r} format; one side of a conversion must be 'te'")
         self.config, self.their_config, mapping = self._read_configs(config, config_kwargs, where)
-        with _blaming_config(where):
+        with _blaming_config(f"{where} with {config_kwargs}" if config_kwargs else where):
             ours = state_specs(port.classes[self.auto], self.config)
         self.plan: Plan = mapping.plan(source, ours, "from" if to == TE else "to", where)
 
@@ -281,8 +281,9 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype)
-    if cast.isinf().any() and not tensor.isinf().any():
-        raise ValueError(f"{key} holds {float(tensor.abs().max()):.3g}, which {dtype} cannot hold")
+    overflown = tensor[cast.isinf() & tensor.isfinite()]
+    if len(overflown):
+        raise ValueError(f"{key} holds {float(overflown[0]):.3g}, which {dtype} cannot hold")
     return cast
 
 

@@ -78,7 +78,7 @@ class FuseQKV(Rule):
 
     def read(self, tensors: list[Tensor]) -> list[Tensor]:
         if len({x.dtype for x in tensors}) > 1:
-            raise ValueError("query, key and value, one tensor of ours, have different dtypes")
+            raise ValueError("query, key and value, one tensor of ours, have different dtypes: save them in one")
         rows = [x.unflatten(0, (self.heads, -1)) for x in tensors]  # each [heads, head_dim, ...]
         return [torch.stack(rows, 1).flatten(0, 2)]
 

@@ -154,8 +154,9 @@ def _readable(fits: list[tuple[ModelPort, str, str]], config: Json) -> list[tupl
     """Of ports with the same model_type, those whose read_config takes the configuration: it refuses its siblings."""
     readable, reasons = [], []
     for port, name, auto in fits:
+        read = port.config_class.from_dict if name == TE else port.formats[name].read_config
         try:
-            port.formats[name].read_config(config)
+            read(config)
             readable.append((port, name, auto))
         except Exception as error:  # whatever a field of the wrong kind raises
             reasons.append(f"{port.name}: {error}")

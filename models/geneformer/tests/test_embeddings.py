@@ -62,10 +62,15 @@ def test_what_is_no_cell_is_refused(golden_folder):
         cell_embeddings(model, [[2, 9, 3], [2, 9, 3, 0]])
     with pytest.raises(ValueError, match=r"cell 1 is not between <cls> and <eos>: .*V1"):
         cell_embeddings(model, [[2, 9, 3], [9, 3]])
+    with pytest.raises(ValueError, match="cell 0 is not between"):
+        cell_embeddings(model, [[2, 9]])
     with pytest.raises(ValueError, match="cell 0 is no list of token ids, but 2"):
         cell_embeddings(model, [2, 9, 3])
-    with pytest.raises(ValueError, match="layer=9 is not one of the model's 4 hidden states"):
-        cell_embeddings(model, CELLS, layer=9)
+    with pytest.raises(ValueError, match=r"cell 0 is no list of token ids, but \[2\.0, 9\.7, 3\.0\]"):
+        cell_embeddings(model, [[2, 9.7, 3]])
+    for layer in (4, -5):
+        with pytest.raises(ValueError, match=f"layer={layer} is not one of the model's 4 hidden states"):
+            cell_embeddings(model, CELLS, layer=layer)
     with pytest.raises(ValueError, match="version='V3' is unknown"):
         gene_embeddings(model, CELLS, version="V3")
     with pytest.raises(ValueError, match="BertModel is no class of this port"):

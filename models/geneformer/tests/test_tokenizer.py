@@ -170,11 +170,16 @@ def test_a_chunk_without_cells_is_no_row_group(tmp_path):
     assert file.read()["obs_names"].to_pylist() == ["cell3", "cell5", "cell6"]
 
 
-def test_genes_are_counted():
+def test_genes_are_counted(tmp_path):
     tokenizer = GeneformerTokenizer(*dictionaries())
-    with pytest.warns(UserWarning, match=rf"^2 genes are left out .* as {GENES[1]}\.4: .* strips it"):
-        found = tokenizer.encode(cells_of([[3, 2, 1, 1]], [GENES[0], f"{GENES[1]}.4", f"{GENES[2]}.1", "ERCC.1"]))
-    assert found["length"].to_pylist() == [3]
+    cells = cells_of([[3, 2, 1, 1]], [GENES[0], f"{GENES[1]}.4", f"{GENES[2]}.1", "ERCC.1"])
+    with pytest.warns(UserWarning, match=rf"^2 genes are left out .* as {GENES[1]}\.4: .* = adata.var_names"):
+        assert tokenizer.encode(cells)["length"].to_pylist() == [3]
+    cells.var["ensembl_id"], cells.var_names = cells.var_names, ["A", "B", "C", "D"]
+    path = write(cells, tmp_path / "cells.h5ad")
+    with pytest.warns(UserWarning, match=r"= adata.var\['ensembl_id'\]\.str"):
+        report = tokenizer.encode_file(path, tmp_path / "out.parquet")
+    assert (report.genes, report.known_genes) == (4, 1)
     with pytest.warns(UserWarning, match="^2 genes repeat the Ensembl id of another"):
         tokenizer.encode(cells_of([[3, 2, 1, 1]], [GENES[0], GENES[0].lower(), GENES[0].title(), GENES[1]]))
 
@@ -257,10 +262,9 @@ def test_dictionaries(tmp_path):
     for name in ("ids.pkl", "disguised.json"):
         with pytest.raises(ValueError, match=r"is a pickle.*python -c") as refused:
             GeneformerTokenizer(tmp_path / name, medians)
-    (tmp_path / "made").mkdir()
     command = str(refused.value).partition("python -c ")[2]
-    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, cwd=tmp_path / "made")
-    assert GeneformerTokenizer(tmp_path / "made" / "disguised.json", medians).token_ids == token_ids
+    subprocess.run(f"{sys.executable} -c {command}", shell=True, check=True, cwd=tmp_path)
+    assert GeneformerTokenizer(tmp_path / "disguised.read.json", medians).token_ids == token_ids
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
         GeneformerTokenizer(tmp_path / "bad.json", medians)
@@ -273,8 +277,8 @@ def test_dictionaries(tmp_path):
     for median in (0, None, float("inf"), float("nan"), "1"):
         with pytest.raises(ValueError, match=f"1 genes have no positive median, among them {GENES[0]}"):
             GeneformerTokenizer(token_ids, {**medians, GENES[0]: median})
-    for number in (4.7, None, "x"):
-        with pytest.raises(ValueError, match=f"1 token ids are no whole numbers, among them {GENES[0]}: {number!r}"):
+    for number in (4.7, None, "x", 2**31):
+        with pytest.raises(ValueError, match=f"1 token ids are no whole numbers .* among them {GENES[0]}: {number!r}"):
             GeneformerTokenizer({**token_ids, GENES[0]: number}, medians)
     with pytest.raises(ValueError, match="version='V3' is unknown"):
         GeneformerTokenizer(token_ids, medians, "V3")
@@ -286,13 +290,16 @@ def test_dictionaries(tmp_path):
         (lambda file: file.__delitem__("obs"), r"cells\.h5ad is no \.h5ad file; .*scanpy\.read_10x_h5"),
         (lambda file: file.__delitem__("X"), "the file has no X: choose a layer"),
         (lambda file: (file.__delitem__("var"), file.create_dataset("var", data=[1])), "before 0.7"),
-        (lambda file: file["X/indices"].__setitem__(0, 10**8), "genes that the file does not have"),
-        (lambda file: file["X/indices"].__setitem__(0, -5), "genes that the file does not have"),
-        (lambda file: file["X"].attrs.__setitem__("shape", (7, 60)), r"are \(7, 60\), but obs and var have \(7, 5\)"),
+        (lambda file: file["X/indices"].__setitem__(0, 10**8), "the sparse counts are damaged"),
+        (lambda file: file["X/indices"].__setitem__(0, -5), "the sparse counts are damaged"),
+        (lambda file: file["X/indptr"].__setitem__(1, 100), "damaged|index pointer"),
+        (lambda file: file["X"].attrs.__setitem__("shape", (7, 60)), r"have \(7, 5\) cells|size 6 should be 61"),
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path, change, message):
-    path = write(cells_of(np.ones((7, 5))), tmp_path / "cells.h5ad")
+@pytest.mark.filterwarnings("ignore:the counts are stored by genes")
+@pytest.mark.parametrize("stored", ["csr", "csc"])
+def test_a_damaged_file_is_refused(tmp_path, change, message, stored):
+    path = write(cells_of(np.ones((7, 5))), tmp_path / "cells.h5ad", stored)
     with h5py.File(path, "r+") as file:
         change(file)
     with pytest.raises(ValueError, match=message):

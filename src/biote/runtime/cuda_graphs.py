@@ -31,7 +31,7 @@ class Bucket:
 
 
 def bucket_of(packing: Packing) -> Bucket:
-    """Tokens rounded up by at most a sixteenth, sequences (with the surplus) and longest length to powers of two."""
+    """Tokens rounded up by about a sixteenth at most, or to 64; sequences and longest length to powers of two."""
     tokens = len(packing.positions)
     step = max(64, 1 << max(tokens.bit_length() - 5, 0))
     sequences = len(packing.cu_seqlens)  # one more than the batch has

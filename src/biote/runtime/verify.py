@@ -47,7 +47,7 @@ def read_golden(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"{path} does not exist: there are no golden values to check against")
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle, not a dict)
-        return tensors, json.loads(file.metadata()["provenance"])
+        return tensors, json.loads((file.metadata() or {})["provenance"])
 
 
 def outputs_of(model: Any, input_ids: Tensor, attention_mask: Tensor, contacts: bool = True) -> dict[str, Tensor]:

@@ -99,10 +99,10 @@ def _check_cells(cells: list[np.ndarray], version: str, padding: int) -> None:
     if version not in FIRST_GENE:
         raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(FIRST_GENE)}")
     for number, cell in enumerate(cells):
-        if cell.ndim != 1:
-            raise ValueError(f"cell {number} is no list of token ids, but {cell.tolist()}: give a list of cells")
-        if len(cell) == 0:
+        if cell.ndim == 1 and len(cell) == 0:
             raise ValueError(f"cell {number} has no token")
+        if cell.ndim != 1 or cell.dtype.kind not in "iu":
+            raise ValueError(f"cell {number} is no list of token ids, but {cell.tolist()}: give a list of cells")
         if padding in cell:
             raise ValueError(f"cell {number} holds padding (id {padding}): give it without")
         if version == "V2" and (cell[0] != CLS or cell[-1] != EOS):

@@ -77,9 +77,11 @@ class GeneformerTokenizer:
             raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(SPECIAL_TOKENS)}")
         self.version = version
         self.token_ids = dict(_read(token_ids))
-        wrong = [f"{name}: {number!r}" for name, number in self.token_ids.items() if not isinstance(number, Integral)]
+        wrong = [f"{name}: {number!r}" for name, number in self.token_ids.items() if not _is_token_id(number)]
         if wrong:
-            raise ValueError(f"{len(wrong)} token ids are no whole numbers, among them {', '.join(wrong[:3])}")
+            raise ValueError(
+                f"{len(wrong)} token ids are no whole numbers below 2^31, among them {', '.join(wrong[:3])}"
+            )
         self.medians = {key.upper(): value for key, value in _read(medians).items()}
         special = {key: number for key, number in self.token_ids.items() if key.startswith("<")}
         expected = {token: number for number, token in enumerate(SPECIAL_TOKENS[version])}
@@ -176,14 +178,16 @@ class GeneformerTokenizer:
 
     def _known_genes(self, var: pd.DataFrame) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
         """A 0/1 matrix [G, K] that picks and sums the known genes, by rising token id; their ids and medians [K]."""
-        ids = var["ensembl_id"] if "ensembl_id" in var else var.index.to_series()
+        ids, place = var.index.to_series(), "var_names"
+        if "ensembl_id" in var:
+            ids, place = var["ensembl_id"], "var['ensembl_id']"
         names = ids.astype(str).str.upper()
-        known = [(self.genes[name], place) for place, name in enumerate(names) if name in self.genes]
+        known = [(self.genes[name], column) for column, name in enumerate(names) if name in self.genes]
         versioned = names[~names.isin(self.genes) & names.str.split(".").str[0].isin(self.genes)]
         if len(versioned):
             warnings.warn(
                 f"{len(versioned)} genes are left out that the dictionary knows without their version suffix, as "
-                f"{versioned.iloc[0]}: adata.var['ensembl_id'] = adata.var_names.str.split('.').str[0] strips it",
+                f"{versioned.iloc[0]}: adata.var['ensembl_id'] = adata.{place}.str.split('.').str[0] strips it",
                 stacklevel=4,
             )
         if not known:
@@ -229,7 +233,7 @@ def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
     if path.suffix in (".pkl", ".pickle") or content.startswith(PICKLE):
         code = (
             f"import json, pickle; text = json.dumps(pickle.load(open('{path}', 'rb')), default=lambda x: x.item()); "
-            f"open('{path.stem}.json', 'w').write(text)"
+            f"open('{path.stem}.read.json', 'w').write(text)"
         )
         raise ValueError(
             f'{path} is a pickle, which can run any code, and is not read. If you trust it: python -c "{code}"'
@@ -241,6 +245,10 @@ def _read(dictionary: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object of values by gene")
     return found
+
+
+def _is_token_id(number: Any) -> bool:
+    return isinstance(number, Integral) and 0 <= int(number) < 2**31
 
 
 def _is_positive(median: Any) -> bool:
@@ -260,7 +268,7 @@ def _open(file: h5py.File, layer: str | None) -> _Source:
         counts = sparse_dataset(element)
         if counts.format == "csc":
             warnings.warn("the counts are stored by genes (CSC): all are read into memory at once", stacklevel=3)
-            counts = counts.to_memory().tocsr()
+            counts = _sound(counts.to_memory()).tocsr()
     return _Source(counts, read_elem(file["obs"]), read_elem(file["var"]))
 
 
@@ -272,9 +280,7 @@ def _layer(layers: Mapping[str, Any], name: str) -> Any:
 
 def _checked_counts(source: _Source, rows: slice) -> sparse.csr_matrix:
     """Raw counts [B, G] of some cells; ValueError that names a cell for what cannot be counts."""
-    counts = sparse.csr_matrix(source.counts[rows], dtype=np.float64)
-    if counts.nnz and not 0 <= counts.indices.min() <= counts.indices.max() < counts.shape[1]:
-        raise ValueError("the sparse counts name genes that the file does not have: it is damaged")
+    counts = _sound(sparse.csr_matrix(source.counts[rows], dtype=np.float64))
     names = source.obs.index[rows]
     for problem, bad in (
         ("NaN or infinite counts", ~np.isfinite(counts.data)),
@@ -287,6 +293,15 @@ def _checked_counts(source: _Source, rows: slice) -> sparse.csr_matrix:
         if bad.any():
             cell = int(np.searchsorted(counts.indptr, np.flatnonzero(bad)[0], side="right")) - 1
             raise ValueError(f"cell {names[cell]!r} has {problem}")
+    return counts
+
+
+def _sound(counts: Any) -> Any:
+    """A sparse matrix, its indices checked: wrong ones would read memory that is not the matrix's."""
+    try:
+        counts.check_format(full_check=True)
+    except ValueError as error:
+        raise ValueError(f"the sparse counts are damaged: {error}") from error
     return counts
 
 
