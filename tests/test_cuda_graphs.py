@@ -39,7 +39,7 @@ class NoGraph:
     """Stands in for torch.cuda's graph, which this machine cannot record."""
 
     def pool(self):
-        pass
+        return "the first's"
 
     def replay(self):
         pass
@@ -50,8 +50,10 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: MagicMock())
-    for context in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, context, lambda *_, **__: nullcontext())
+    pools = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, pool: nullcontext(pools.append(pool)))
+    return pools
 
 
 def test_modes_mix(model, stand_ins):
@@ -63,6 +65,20 @@ def test_modes_mix(model, stand_ins):
         with mode():
             found = encoder(lambda ids, _: embed(ids), ids.clone(), plan_packing(ids[None]))
             assert torch.equal(found, embed(ids))
+
+
+def test_graphs_share_memory_which_ends_with_the_last(stand_ins):
+    encoder = GraphedEncoder()
+
+    def record(tokens):
+        ids = torch.ones(1, tokens, dtype=torch.long)
+        encoder(lambda ids, _: ids, ids[0], plan_packing(ids))
+
+    record(64)
+    record(700)
+    encoder.graphs.clear()
+    record(64)
+    assert stand_ins == [None, "the first's", None]
 
 
 BATCHES = [[[300], [290, 1]], [[64]], [[1] * 200, [65, *[1] * 140]], [[60] * 200, [7] * 1700]]
