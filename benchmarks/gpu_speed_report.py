@@ -24,12 +24,13 @@ def speed_up(row: dict[str, Any], baseline: float | None) -> str:
 
 def times_the_recipe(record: dict[str, Any]) -> dict[tuple[str, str], str]:
     """By case and side of the te engine: the time of the recipe of the same precision over ours."""
-    times = {(case_of(row), row["side"]): row["ms"] for row in record["rows"]}
+    rows = {(case_of(row), row["side"]): row for row in record["rows"]}
     ratios = {}
-    for (case, side), ms in times.items():
-        recipe = times.get((case, f"{BASELINE}, fp8" if "fp8" in side else BASELINE))
-        if side.startswith("te engine") and ms and recipe:
-            ratios[case, side] = f"{recipe / ms:.2f}"
+    for (case, side), row in rows.items():
+        recipe = rows.get((case, f"{BASELINE}, fp8" if "fp8" in side else BASELINE))
+        ratio = speed_up(row, recipe["ms"]) if recipe and side.startswith("te engine") else ""
+        if ratio:
+            ratios[case, side] = ratio
     return ratios
 
 

@@ -1,4 +1,4 @@
-"""The two rules of verification, at their edges."""
+"""Verification: its rules at their edges, and how it is run."""
 
 import sys
 

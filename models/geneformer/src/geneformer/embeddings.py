@@ -12,9 +12,9 @@ from torch import Tensor
 
 from biote.runtime.modeling import EncoderModel
 
+from .special_tokens import special_tokens
+
 TOKENS_A_BATCH = 16_384
-FIRST_GENE = {"V1": 2, "V2": 4}  # the smallest id of a gene
-CLS, EOS = 2, 3  # of V2
 
 
 def cell_embeddings(
@@ -31,15 +31,16 @@ def cell_embeddings(
     version: the tokenizer's, which says what ids are genes. batch_tokens: about how many run at once.
     ValueError for a cell without a gene, one of V2 outside <cls> and <eos>, or a model in training mode.
     """
+    first_gene = len(special_tokens(version))
     means = [torch.empty(0, model.config.hidden_size)]
     for ids, cell_of, states in _hidden_states(model, cells, layer, version, batch_tokens):
-        gene = ids >= FIRST_GENE[version]
+        gene = ids >= first_gene
         count = int(cell_of[-1]) + 1
         sums = states.new_zeros(count, states.shape[1]).index_add_(0, cell_of[gene], states[gene])
         genes = torch.bincount(cell_of[gene], minlength=count)
         if int(genes.min()) == 0:
             number = sum(len(mean) for mean in means) + int(genes.argmin())
-            raise ValueError(f"cell {number} has no gene: none of its token ids is {FIRST_GENE[version]} or more")
+            raise ValueError(f"cell {number} has no gene: none of its token ids is {first_gene} or more")
         means.append((sums / genes[:, None]).cpu())
     return torch.cat(means)
 
@@ -55,11 +56,12 @@ def gene_embeddings(
 
     Arguments as of `cell_embeddings`.
     """
+    first_gene = len(special_tokens(version))
     vocabulary, size = model.config.vocab_size, model.config.hidden_size
     sums = torch.zeros(vocabulary, size, device=model.device)
     counts = torch.zeros(vocabulary, dtype=torch.int64, device=model.device)
     for ids, _, states in _hidden_states(model, cells, layer, version, batch_tokens):
-        gene = ids >= FIRST_GENE[version]
+        gene = ids >= first_gene
         sums.index_add_(0, ids[gene], states[gene])
         counts += torch.bincount(ids[gene], minlength=vocabulary)
     present = counts.nonzero().flatten()
@@ -96,8 +98,7 @@ def _hidden_states(
 
 
 def _check_cells(cells: list[np.ndarray], version: str, padding: int) -> None:
-    if version not in FIRST_GENE:
-        raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(FIRST_GENE)}")
+    special = special_tokens(version)
     for number, cell in enumerate(cells):
         if cell.ndim == 1 and len(cell) == 0:
             raise ValueError(f"cell {number} has no token")
@@ -105,5 +106,5 @@ def _check_cells(cells: list[np.ndarray], version: str, padding: int) -> None:
             raise ValueError(f"cell {number} is no list of token ids, but {cell.tolist()}: give a list of cells")
         if padding in cell:
             raise ValueError(f"cell {number} holds padding (id {padding}): give it without")
-        if version == "V2" and (cell[0] != CLS or cell[-1] != EOS):
+        if "<cls>" in special and (cell[0] != special["<cls>"] or cell[-1] != special["<eos>"]):
             raise ValueError(f'cell {number} is not between <cls> and <eos>: cells of V1 need version="V1"')

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from scipy import sparse
 
-SPECIAL_TOKENS = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}  # ids 0, 1, 2, 3
+from .special_tokens import special_tokens
+
 MOST_GENES = {"V1": 2048, "V2": 4094}
 CHUNK = 1024  # cells in memory at a time
 PICKLE = b"\x80"  # what pickles begin with, since their second protocol
@@ -73,8 +74,7 @@ class GeneformerTokenizer:
     def __init__(
         self, token_ids: Mapping[str, int] | Path | str, medians: Mapping[str, float] | Path | str, version: str = "V2"
     ):
-        if version not in SPECIAL_TOKENS:
-            raise ValueError(f"version={version!r} is unknown; choose one of {', '.join(SPECIAL_TOKENS)}")
+        expected = special_tokens(version)
         self.version = version
         self.token_ids = dict(_read(token_ids))
         wrong = [f"{name}: {number!r}" for name, number in self.token_ids.items() if not _is_token_id(number)]
@@ -84,7 +84,6 @@ class GeneformerTokenizer:
             )
         self.medians = {key.upper(): value for key, value in _read(medians).items()}
         special = {key: number for key, number in self.token_ids.items() if key.startswith("<")}
-        expected = {token: number for number, token in enumerate(SPECIAL_TOKENS[version])}
         if special != expected:
             raise ValueError(f"the special tokens of {version} are {expected}; the dictionary has {special}")
         self.genes = {key.upper(): number for key, number in self.token_ids.items() if not key.startswith("<")}
@@ -178,18 +177,8 @@ class GeneformerTokenizer:
 
     def _known_genes(self, var: pd.DataFrame) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
         """A 0/1 matrix [G, K] that picks and sums the known genes, by rising token id; their ids and medians [K]."""
-        ids, place = var.index.to_series(), "var_names"
-        if "ensembl_id" in var:
-            ids, place = var["ensembl_id"], "var['ensembl_id']"
-        names = ids.astype(str).str.upper()
+        names = _ensembl_ids(var, self.genes)
         known = [(self.genes[name], column) for column, name in enumerate(names) if name in self.genes]
-        versioned = names[~names.isin(self.genes) & names.str.split(".").str[0].isin(self.genes)]
-        if len(versioned):
-            warnings.warn(
-                f"{len(versioned)} genes are left out that the dictionary knows without their version suffix, as "
-                f"{versioned.iloc[0]}: adata.var['ensembl_id'] = adata.{place}.str.split('.').str[0] strips it",
-                stacklevel=4,
-            )
         if not known:
             raise ValueError(
                 f"no gene of the file is in the token dictionary: its ids are like {', '.join(names[:3])}, the "
@@ -270,6 +259,22 @@ def _open(file: h5py.File, layer: str | None) -> _Source:
             warnings.warn("the counts are stored by genes (CSC): all are read into memory at once", stacklevel=3)
             counts = _sound(counts.to_memory()).tocsr()
     return _Source(counts, read_elem(file["obs"]), read_elem(file["var"]))
+
+
+def _ensembl_ids(var: pd.DataFrame, genes: Mapping[str, int]) -> pd.Series:
+    """Each gene's id in capitals; a warning counts those that are unknown for their version suffix alone."""
+    ids, place = var.index.to_series(), "var_names"
+    if "ensembl_id" in var:
+        ids, place = var["ensembl_id"], "var['ensembl_id']"
+    names = ids.astype(str).str.upper()
+    versioned = names[~names.isin(genes) & names.str.split(".").str[0].isin(genes)]
+    if len(versioned):
+        warnings.warn(
+            f"{len(versioned)} genes are left out that the dictionary knows without their version suffix, as "
+            f"{versioned.iloc[0]}: adata.var['ensembl_id'] = adata.{place}.str.split('.').str[0] strips it",
+            stacklevel=5,
+        )
+    return names
 
 
 def _layer(layers: Mapping[str, Any], name: str) -> Any:
