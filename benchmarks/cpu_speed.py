@@ -21,8 +21,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import EsmConfig, EsmForMaskedLM, PreTrainedModel
 
-import esm2
-
 CLS, PAD, EOS, MASK = 0, 1, 2, 32
 RESIDUES = (4, 24)  # ids of the twenty amino acids, half open
 MASKED_SHARE = 0.15
@@ -72,7 +70,7 @@ def build_models(seed: int) -> dict[str, PreTrainedModel]:
         attention_probs_dropout_prob=0.0, **SHAPE,
     )  # fmt: skip
     original = EsmForMaskedLM(config).eval()
-    return {"original": original, "port": esm2.convert_hf_to_te(original, engine="torch").eval()}
+    return {"original": original, "port": biote_esm2.convert_hf_to_te(original, engine="torch").eval()}
 
 
 def forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

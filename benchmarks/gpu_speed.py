@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_engine.common.recipe import DelayedScaling
 
+from biote.runtime.config import EncoderConfig
 from biote.runtime.cuda_graphs import MAX_TOKENS
-from biote.runtime.modeling import EncoderConfig
 
 TAGS = {
     "8M": "esm2_t6_8M_UR50D", "650M": "esm2_t33_650M_UR50D", "3B": "esm2_t36_3B_UR50D", "AMPLIFY 350M": "AMPLIFY_350M",

@@ -12,6 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from biote_esm2 import (
+    Esm2TEConfig,
+    Esm2TEForMaskedLM,
+    Esm2TEForSequenceClassification,
+    Esm2TEForTokenClassification,
+    Esm2TEModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,15 +27,9 @@ from transformers.initialization import no_init_weights
 
 import biote.runtime
 from biote.runtime import engine
+from biote.runtime.activations import swiglu
 from biote.runtime.engine import layers_of, resolve_engine, why_not_te
 from biote.runtime.packing import Packing
-from esm2 import (
-    Esm2TEConfig,
-    Esm2TEForMaskedLM,
-    Esm2TEForSequenceClassification,
-    Esm2TEForTokenClassification,
-    Esm2TEModel,
-)
 
 CLASSES = [Esm2TEModel, Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEForSequenceClassification]
 TE_NAME = "transformer_engine.pytorch"
@@ -52,20 +53,6 @@ class StandIn(nn.Module):
         assert state.dtype == torch.uint8
 
 
-class LayerNorm(StandIn):
-    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, device: Any = "cuda", dtype: Any = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.own(str(device), dtype, weight=(normalized_shape,), bias=(normalized_shape,))
-
-
-class RMSNorm(StandIn):
-    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, device: Any = "cuda", dtype: Any = None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.own(str(device), dtype, weight=(normalized_shape,))
-
-
 class Linear(StandIn):
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: Any = None, device: Any = "cuda"
@@ -85,14 +72,14 @@ class NotQuantised:
 
 
 def plain_add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, post: bool = False
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, post: bool = False
 ) -> tuple[Tensor, Tensor]:
-    assert not post
+    """As the kernel reads it: without a bias, an RMS norm."""
     x = x if delta is None else x + delta
-    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-STAND_INS = (LayerNorm, RMSNorm, Linear)
+    centred = x if bias is None else x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    normed = normed if bias is None else normed + bias
+    return normed if post else x, normed
 
 
 @pytest.fixture
@@ -117,11 +104,11 @@ def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     package, pytorch = ModuleType("transformer_engine"), ModuleType(TE_NAME)
     quantization, kernels, attention = (ModuleType(name) for name in (f"{TE_NAME}.quantization", KERNELS, ATTENTION))
     vars(package)["pytorch"] = pytorch
-    vars(pytorch).update({stand_in.__name__: stand_in for stand_in in STAND_INS})
+    vars(pytorch)["Linear"] = Linear
     vars(quantization)["FP8GlobalStateManager"] = NotQuantised
     vars(pytorch)["Float8Quantizer"] = object
-    unused = ("add_norm_quantised", "gelu_quantised", "relu_quantised", "swiglu", "swiglu_quantised")
-    vars(kernels).update({"add_norm": plain_add_norm, "gelu": F.gelu, **dict.fromkeys(unused)})
+    unused = ("add_norm_quantised", "gelu_quantised", "relu_quantised", "swiglu_quantised")
+    vars(kernels).update({"add_norm": plain_add_norm, "gelu": F.gelu, "swiglu": swiglu, **dict.fromkeys(unused)})
     vars(attention).update(cudnn_can_attend=lambda qkv: False, cudnn_attention=None, flash_attention=None)
     for module in (package, pytorch, quantization, kernels, attention):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -229,11 +216,10 @@ def test_layers_te_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(why_not_te() is not None, reason="TransformerEngine does not run here")
-@pytest.mark.parametrize("stand_in", STAND_INS)
-def test_the_stand_in_takes_what_transformer_engine_takes(stand_in: type[StandIn]) -> None:
-    real = inspect.signature(getattr(sys.modules[TE_NAME], stand_in.__name__)).parameters
+def test_the_stand_in_takes_what_transformer_engine_takes() -> None:
+    real = inspect.signature(sys.modules[TE_NAME].Linear).parameters
     open_ended = any(parameter.kind == parameter.VAR_KEYWORD for parameter in real.values())
-    for place, (name, parameter) in enumerate(inspect.signature(stand_in).parameters.items()):
+    for place, (name, parameter) in enumerate(inspect.signature(Linear).parameters.items()):
         assert name in real or open_ended
         assert parameter.kind == parameter.KEYWORD_ONLY or list(real)[place] == name
 
@@ -241,15 +227,12 @@ def test_the_stand_in_takes_what_transformer_engine_takes(stand_in: type[StandIn
 @pytest.mark.parametrize("cls", CLASSES)
 def test_both_engines_own_the_same_parameters(te: str, cls: type[PreTrainedModel]) -> None:
     ours = {name: on_meta(cls, name) for name in ("te", "torch")}
-    for name, source in (("te", sys.modules[TE_NAME]), ("torch", nn)):
-        base = ours[name].base_model
-        assert isinstance(base.layers[0].attention.proj, source.Linear)
-        assert isinstance(base.final_norm, source.LayerNorm)
-    te_block, torch_block = (ours[name].base_model.layers[0] for name in ("te", "torch"))
-    for layer in (te_block.attention.qkv, te_block.mlp.fc2):
-        assert isinstance(layer, sys.modules[TE_NAME].Linear)
-    for layer in (torch_block.attention.qkv, torch_block.mlp.fc2):
-        assert not isinstance(layer, nn.Linear), "LoRA would see its input, which is not yet the product's"
+    for model in ours.values():
+        block = model.base_model.layers[0]
+        for product in (block.attention.qkv, block.attention.proj, block.mlp.fc1, block.mlp.fc2):
+            assert type(product) is nn.Linear
+        for norm in (block.attention.norm, block.mlp.norm, model.base_model.final_norm):
+            assert type(norm) is nn.LayerNorm
     states = {
         name: {key: (x.device.type, x.dtype, tuple(x.shape)) for key, x in model.state_dict().items()}
         for name, model in ours.items()
@@ -263,36 +246,58 @@ def test_both_engines_own_the_same_parameters(te: str, cls: type[PreTrainedModel
 
 def test_layout_of_a_block(te: str) -> None:
     shapes = {
-        "attention.qkv.layer_norm_weight": (12,), "attention.qkv.layer_norm_bias": (12,),
+        "attention.norm.weight": (12,), "attention.norm.bias": (12,),
         "attention.qkv.weight": (36, 12), "attention.qkv.bias": (36,),
         "attention.proj.weight": (12, 12), "attention.proj.bias": (12,),
-        "mlp.fc1.layer_norm_weight": (12,), "mlp.fc1.layer_norm_bias": (12,),
+        "mlp.norm.weight": (12,), "mlp.norm.bias": (12,),
         "mlp.fc1.weight": (20, 12), "mlp.fc1.bias": (20,),
         "mlp.fc2.weight": (12, 20), "mlp.fc2.bias": (12,),
     }  # fmt: skip
     for name in ("te", "torch"):
         model = on_meta(Esm2TEModel, name)
         assert {key: tuple(tensor.shape) for key, tensor in model.layers[1].state_dict().items()} == shapes
-        normed = (model.layers[0].attention.qkv, model.layers[0].mlp.fc1, model.final_norm)
-        assert [module.eps for module in normed] == [3e-6] * 3
+        norms = (model.layers[0].attention.norm, model.layers[0].mlp.norm, model.final_norm)
+        assert [norm.eps for norm in norms] == [3e-6] * 3
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_float32_layers_of_te_are_those_of_torch(te: str, bias: bool) -> None:
+def test_a_quantised_product_is_a_linear_to_everyone(te: str) -> None:
+    """To peft, which looks for te.Linear and for nn.Linear, too; and it has no parameter, state or device of its own."""
+    linear = layers_of("te").linear
+    with torch.device("meta"):
+        quantised, plain = linear(8, 6, bias=True, quantised=True), linear(8, 6, bias=True, quantised=False)
+    assert isinstance(quantised, sys.modules[TE_NAME].Linear)
+    assert isinstance(quantised, nn.Linear)
+    assert quantised.state_dict().keys() == plain.state_dict().keys()
+    assert {x.device.type for x in quantised.parameters()} == {"meta"}
+    assert (quantised.in_features, quantised.out_features) == (8, 6)
+
+
+NORMS = {
+    "layer": lambda: nn.LayerNorm(8, eps=0.1),
+    "layer without bias": lambda: nn.LayerNorm(8, eps=0.1, bias=False),
+    "layer without weights": lambda: nn.LayerNorm(8, eps=0.1, elementwise_affine=False),
+    "rms": lambda: nn.RMSNorm(8, eps=0.1),
+    "rms of default eps": lambda: nn.RMSNorm(8),
+    "replaced": lambda: nn.Sequential(nn.LayerNorm(8), nn.Tanh()),
+    "none": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_is_computed_as_the_module_would(te: str, kind: str, post_norm: bool) -> None:
+    """By the kernel or not: whoever replaces a norm gets his own."""
     torch.manual_seed(0)
-    x = torch.randn(5, 8)
-    expected_norm = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 0.1).sqrt()
-    weight, shift, gain, offset = torch.randn(6, 8), torch.randn(6), torch.rand(8), torch.randn(8)
-    own = {"weight": weight, **({"bias": shift} if bias else {})}
-    added = shift if bias else 0.0
     device = "cuda" if te == "real" else "cpu"
-    with torch.device(device):
-        linear = layers_of("te").Linear(8, 6, bias=bias)
-        fused = layers_of("te").LayerNormLinear(8, 6, eps=0.1, bias=bias)
-    linear.load_state_dict(own)
-    fused.load_state_dict({"layer_norm_weight": gain, "layer_norm_bias": offset, **own})
-    torch.testing.assert_close(linear(x.to(device)).cpu(), x @ weight.T + added)
-    torch.testing.assert_close(fused(x.to(device))[1].cpu(), (expected_norm * gain + offset) @ weight.T + added)
+    norm = NORMS[kind]().to(device)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x, delta = torch.randn(2, 5, 8, device=device)
+    for given in (delta, None):
+        stream, normed = layers_of("te").add_norm(norm, x, given, post_norm)
+        total = x + delta if given is not None else x
+        torch.testing.assert_close(normed, norm(total))
+        torch.testing.assert_close(stream, norm(total) if post_norm else total)
 
 
 @pytest.mark.parametrize("first", ["te", "torch"])
@@ -337,8 +342,7 @@ def test_rows_past_the_packed_tokens_come_out_as_zeros(lengths: list[int]) -> No
     tokens = sum(lengths)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     packing = Packing(bounds, max(lengths), torch.arange(tokens), (1, tokens), None)
-    attention = layers_of("torch").Attention(2, 8, 0.0, rope="none")
-    qkv = torch.randn(16, 48)
-    found = attention(qkv, None, packing)
-    torch.testing.assert_close(found[:tokens], attention(qkv[:tokens], None, packing))
+    qkv, made_by = torch.randn(16, 2, 3, 8), nn.Linear(1, 1)
+    found = layers_of("torch").attend(qkv, made_by, None, packing, 0.0)
+    torch.testing.assert_close(found[:tokens], layers_of("torch").attend(qkv[:tokens], made_by, None, packing, 0.0))
     assert not found[tokens:].any()

@@ -68,7 +68,7 @@ def test_inverse_frequencies_under_a_default_device() -> None:
 @pytest.mark.parametrize("positions", [torch.tensor([0, 1, 7, 1021]), torch.tensor([3], dtype=torch.int32)])
 def test_angles(positions: Tensor) -> None:
     rotary = RotaryEmbedding(16, 10000.0)
-    cos, sin = rotary(positions)
+    cos, sin, _ = rotary(positions)
     angles = np.outer(positions.numpy(), [10000.0 ** (-i / 8) for i in range(8)])
     assert cos.dtype == sin.dtype == torch.float32
     np.testing.assert_allclose(cos.numpy() + 1j * sin.numpy(), np.exp(1j * angles), rtol=0, atol=1e-4)
@@ -78,7 +78,7 @@ def test_angles_come_from_the_buffer() -> None:
     rotary = RotaryEmbedding(4, 10000.0)
     rotary.load_state_dict({"inv_freq": torch.tensor([0.5, 0.25])})
     assert list(rotary.state_dict()) == ["inv_freq"]
-    cos, sin = rotary(torch.tensor([2]))
+    cos, sin, _ = rotary(torch.tensor([2]))
     np.testing.assert_allclose(cos.numpy(), np.cos([[1.0, 0.5]]), rtol=1e-6)
     np.testing.assert_allclose(sin.numpy(), np.sin([[1.0, 0.5]]), rtol=1e-6)
 

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import EsmConfig, EsmForSequenceClassification, Trainer, TrainingArguments
-
-from amplify import AmplifyTEConfig, AmplifyTEModel
-from esm2 import (
+from biote_amplify import AmplifyTEConfig, AmplifyTEModel
+from biote_esm2 import (
     Esm2TEConfig,
     Esm2TEForMaskedLM,
     Esm2TEForSequenceClassification,
     Esm2TEForTokenClassification,
     convert_hf_to_te,
 )
+from peft import LoraConfig, get_peft_model
+from transformers import EsmConfig, EsmForSequenceClassification, Trainer, TrainingArguments
 
 SHAPE = {
     "vocab_size": 33, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,

@@ -20,13 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .files import CheckpointReader, new_folder, read_json, write_checkpoint
 from .mapping import Mapping, MappingError, Plan, Specs, refuse_nan
 from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
-from .runtime.modeling import EncoderConfig
 
 FIVE_GB = 5 * 10**9
 WANTED = [
@@ -72,7 +71,7 @@ def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path
         raise ConnectionError(f"{repo_id} is not a local folder and the Hub could not be reached: {reason}") from error
 
 
-def state_specs(cls: type[PreTrainedModel], config: EncoderConfig) -> dict[str, Tensor]:
+def state_specs(cls: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Tensor]:
     """The keys, shapes and dtypes of a model's checkpoint as meta tensors, tied copies left out."""
     anywhere = {"engine": "torch", "layer_precision": "bf16", "quantized_weights": False}  # the keys are the same
     config = type(config).from_dict({**config.to_dict(), **anywhere})
@@ -100,7 +99,7 @@ class Conversion:
             ours = state_specs(port.classes[self.auto], self.config)
         self.plan: Plan = mapping.plan(source, ours, "from" if to == TE else "to", where)
 
-    def _read_configs(self, config: Json, config_kwargs: Json, where: str) -> tuple[EncoderConfig, Json, Mapping]:
+    def _read_configs(self, config: Json, config_kwargs: Json, where: str) -> tuple[PreTrainedConfig, Json, Mapping]:
         port, auto = self.port, self.auto
         if self.to == TE:
             form = port.formats[self.source_format]

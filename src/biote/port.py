@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .mapping import Mapping
-from .runtime.modeling import EncoderConfig
 
 Json = dict[str, Any]
 TE = "te"  # the name of our own layout among a port's formats
@@ -47,7 +46,7 @@ class Format:
     model_type: str
     architectures: MappingABC[str, str]
     mapping: Callable[[Any, Json, str], Mapping]
-    read_config: Callable[[Json], EncoderConfig]
+    read_config: Callable[[Json], PreTrainedConfig]
     write_config: Callable[[Any, str], Json]
     build: Callable[[Json, str], PreTrainedModel] | None = None
     load: Callable[[Path, str, torch.dtype], PreTrainedModel] | None = None
@@ -66,7 +65,7 @@ class ModelPort:
     title: str
     package: str
     license: str
-    config_class: type[EncoderConfig]
+    config_class: type[PreTrainedConfig]
     classes: MappingABC[str, type[PreTrainedModel]]
     formats: MappingABC[str, Format]
     tags: MappingABC[str, Checkpoint]
@@ -165,7 +164,7 @@ def _readable(fits: list[tuple[ModelPort, str, str]], config: Json) -> list[tupl
     return readable
 
 
-def refuse_other(config: EncoderConfig, required: Json, what: str) -> None:
+def refuse_other(config: PreTrainedConfig, required: Json, what: str) -> None:
     """ValueError naming every field of our configuration that is not as `what` needs it."""
     wrong = [f"{name}={getattr(config, name)!r}" for name, value in required.items() if getattr(config, name) != value]
     if wrong:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from biote_amplify import AMPLIFY, AMPLIFYConfig
+from biote_amplify.convert import PORT
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from amplify import AMPLIFY, AMPLIFYConfig
-from amplify.convert import PORT
 from biote.testing.contract import Case, randomize
 
 PAD, MASK, BOS, EOS = 0, 2, 3, 4

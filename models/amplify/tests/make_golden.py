@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
+from biote_amplify.convert import PORT
 from conftest import make_original
 
-from amplify.convert import PORT
 from biote.golden import capture
 from biote.runtime.verify import GOLDEN_FILE
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from biote_amplify import AmplifyTEForMaskedLM
+from biote_amplify.convert import PORT, read_config
 
-from amplify import AmplifyTEForMaskedLM
-from amplify.convert import PORT, read_config
 from biote.testing import contract
 
 AUTO = "AutoModelForMaskedLM"

@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
+from biote_amplify.convert import PORT, convert_te_to_hf, write_nvidia_config
+from biote_amplify.modeling_amplify import AMPLIFY
 from safetensors.torch import load_file
 
-from amplify.convert import PORT, convert_te_to_hf, write_nvidia_config
-from amplify.modeling_amplify import AMPLIFY
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
 from biote.testing import contract
@@ -66,6 +66,6 @@ def test_nvidia_layout_refuses_what_it_cannot_hold():
 
 def test_frequencies_that_the_original_cannot_store_are_refused(case):
     _, ours = case.pair(AUTO)
-    ours.model.rotary.inv_freq.mul_(1.1)
-    with pytest.raises(ValueError, match=r"model.rotary.inv_freq: is not what it would be recomputed to"):
+    ours.model.rotary[0].inv_freq.mul_(1.1)
+    with pytest.raises(ValueError, match=r"model.rotary.0.inv_freq: is not what it would be recomputed to"):
         convert_te_to_hf(ours)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from amplify import AMPLIFY, AmplifyTEForSequenceClassification, AmplifyTEForTokenClassification, AmplifyTEModel
+from biote_amplify import AMPLIFY, AmplifyTEForSequenceClassification, AmplifyTEForTokenClassification, AmplifyTEModel
 
 
 def test_other_heads_read_the_normed_encoder(golden_folder):

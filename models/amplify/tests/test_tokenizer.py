@@ -1,7 +1,6 @@
 import pytest
+from biote_amplify import build_tokenizer
 from transformers import AutoTokenizer
-
-from amplify import build_tokenizer
 
 BOS, EOS, UNK = 3, 4, 1
 

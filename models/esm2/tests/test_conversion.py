@@ -1,12 +1,12 @@
 import pytest
 import torch
+from biote_esm2 import Esm2TEForMaskedLM
+from biote_esm2.convert import PORT
 from safetensors.torch import load_file, save_file
 
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
 from biote.testing import contract
-from esm2 import Esm2TEForMaskedLM
-from esm2.convert import PORT
 
 INV_FREQ = "rotary_embeddings.inv_freq"
 
@@ -64,4 +64,4 @@ def test_frequencies_survive_a_cast(golden_folder, tmp_path):
     convert_folder(golden_folder, tmp_path / "te", "te", dtype=torch.bfloat16)
     stored = load_file(tmp_path / "te" / WEIGHTS)
     assert {tensor.dtype for key, tensor in stored.items() if "inv_freq" not in key} == {torch.bfloat16}
-    assert stored["model.rotary.inv_freq"].dtype == torch.float32
+    assert stored["model.rotary.0.inv_freq"].dtype == torch.float32

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from biote_geneformer import GeneformerTEForMaskedLM, GeneformerTEForSequenceClassification
+from biote_geneformer.convert import PORT
 
 from biote.testing import contract
-from geneformer import GeneformerTEForMaskedLM, GeneformerTEForSequenceClassification
-from geneformer.convert import PORT
 
 
 @pytest.mark.parametrize("auto", PORT.classes)

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+from biote_geneformer import GeneformerTEForMaskedLM, GeneformerTEModel, convert_te_to_hf
+from biote_geneformer.convert import PORT, read_hf_config
 from safetensors.torch import load_file, save_file
 
 from biote.files import WEIGHTS
 from biote.testing import contract
-from geneformer import GeneformerTEForMaskedLM, GeneformerTEModel, convert_te_to_hf
-from geneformer.convert import PORT, read_hf_config
 
 
 @pytest.mark.parametrize("auto", PORT.classes)
@@ -96,9 +96,9 @@ def test_a_tag_names_a_subfolder_of_the_hub_repository(golden_folder, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     converted, source = load_file(tmp_path / "te" / WEIGHTS), load_file(golden_folder / WEIGHTS)
-    first = "model.layers.0.attention.qkv.layer_norm_weight"
+    first = "model.layers.0.attention.norm.weight"
     assert torch.equal(converted[first], source["bert.embeddings.LayerNorm.weight"])
-    last = "model.layers.2.attention.qkv.layer_norm_bias"
+    last = "model.layers.2.attention.norm.bias"
     assert torch.equal(converted[last], source["bert.encoder.layer.1.output.LayerNorm.bias"])
     assert torch.equal(converted["model.final_norm.weight"], source["bert.encoder.layer.2.output.LayerNorm.weight"])
     card = (tmp_path / "te" / "README.md").read_text()

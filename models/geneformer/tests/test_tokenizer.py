@@ -19,7 +19,7 @@ from scipy import sparse
 anndata = pytest.importorskip(
     "anndata", reason="the tokenizer reads AnnData; pip install -e models/geneformer brings it"
 )
-from geneformer import GeneformerTokenizer  # noqa: E402 (it imports anndata)
+from biote_geneformer import GeneformerTokenizer  # noqa: E402 (it imports anndata)
 
 SPECIAL = {"V1": ["<pad>", "<mask>"], "V2": ["<pad>", "<mask>", "<cls>", "<eos>"]}
 GENES = [f"ENSG{number:011}" for number in range(40)]

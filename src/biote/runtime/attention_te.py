@@ -27,21 +27,22 @@ def cudnn_can_attend(qkv: Tensor) -> bool:
     return half_precision and size_fits and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
 
 
-def _turn(qkv: Tensor, rotary: Rotary | None, rope: str) -> float:
+def _turn(qkv: Tensor, rotary: Rotary | None) -> float:
     """Turn queries and keys in place, if at all; returns by what scores are yet to be scaled."""
     scale = qkv.shape[-1] ** -0.5
     if rotary is None:
         return scale
-    rotate_in_place(qkv, *rotary, scale, rope == "pairs")
+    rotate_in_place(qkv, rotary, scale)
     return 1.0  # the rotation has scaled the queries
 
 
-def flash_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, rope: str) -> Tensor:
+def flash_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing) -> Tensor:
     """As `cudnn_attention`, without gradient or dropout; no row of qkv lies past the last sequence.
 
     Two kernels where cuDNN takes seven: faster below a few thousand tokens.
     """
-    scale = _turn(qkv, rotary, rope)
+    qkv = qkv.contiguous()
+    scale = _turn(qkv, rotary)
     q, k, v = qkv.unbind(2)
     bounds, longest = packing.cu_seqlens, packing.max_seqlen
     context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale)
@@ -49,28 +50,23 @@ def flash_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, rope: 
     return context
 
 
-def cudnn_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, dropout: float, rope: str) -> Tensor:
+def cudnn_attention(qkv: Tensor, rotary: Rotary | None, packing: Packing, dropout: float) -> Tensor:
     """qkv [T, H, 3, D], which is overwritten -> attention within each sequence [T, H, D], zero past the last one.
 
-    rotary and rope: as in `layers_torch.Attention`. Scores are scaled by D^-0.5.
+    Scores are scaled by D^-0.5.
     """
-    cos, sin = (None, None) if rotary is None else rotary
-    return _Attention.apply(qkv, cos, sin, packing, dropout, rope)
+    return _Attention.apply(qkv.contiguous(), rotary, packing, dropout)
 
 
 class _Attention(torch.autograd.Function):
     """Works in place on qkv, the output of a projection that nothing else reads, and on its gradient.
 
-    Autograd is not told (mark_dirty): the projection's own backward does not need its output. A hook on the projection
-    would see rotated values.
+    Autograd is not told (mark_dirty): the projection's own backward does not need its output.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, packing: Packing, dropout: float, rope: str
-    ) -> Tensor:
-        ctx.rope = rope
-        scale = _turn(qkv, None if cos is None or sin is None else (cos, sin), rope)
+    def forward(ctx: Any, qkv: Tensor, rotary: Rotary | None, packing: Packing, dropout: float) -> Tensor:
+        scale = _turn(qkv, rotary)
         ctx.how = {
             "max_seqlen_q": packing.max_seqlen, "max_seqlen_kv": packing.max_seqlen,
             "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_kv": packing.cu_seqlens,
@@ -83,18 +79,19 @@ class _Attention(torch.autograd.Function):
         differentiable = ctx.needs_input_grad[0]
         context, saved = fused_attn_fwd(is_training=differentiable or dropout > 0, q=q, k=k, v=v, **ctx.how)
         if differentiable:
-            ctx.save_for_backward(qkv, cos, sin, context, *saved)
+            ctx.rotary = rotary  # angles, which have no gradient
+            ctx.save_for_backward(qkv, context, *saved)
         return context
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor) -> Any:
-        qkv, cos, sin, context, *saved = ctx.saved_tensors
+        qkv, context, *saved = ctx.saved_tensors
         q, k, v = qkv.unbind(2)
         grad_q, *_ = fused_attn_bwd(
             q=q, k=k, v=v, o=context, d_o=grad_context.contiguous(), aux_ctx_tensors=saved,
             do_format="thd", dqkv_layout="th3d", **ctx.how,
         )  # fmt: skip
         grad = grad_q.as_strided(qkv.shape, qkv.stride())  # the three gradients lie together, as qkv does
-        if cos is not None:
-            rotate_in_place(grad, cos, sin, qkv.shape[-1] ** -0.5, ctx.rope == "pairs", backward=True)
-        return grad, None, None, None, None, None
+        if ctx.rotary is not None:
+            rotate_in_place(grad, ctx.rotary, qkv.shape[-1] ** -0.5, backward=True)
+        return grad, None, None, None

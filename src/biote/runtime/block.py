@@ -1,78 +1,74 @@
 """The transformer block, written once over the layers of either engine.
 
 The residual stream travels as a pair (x, delta) whose sum it is: the sum is taken together with the next norm.
-A post-norm model is this pre-norm block with its norms shifted by one, and the stream going on from the norm: the
-embeddings' norm is the first block's first, a block's last norm is the next block's first, the last one is the final.
-Shapes: T packed tokens, H heads, D head dim, N hidden size (H * D).
+A post-norm model is this pre-norm block with its norms shifted by one, and the stream going on from the norm:
+
+    post-norm   embed, norm0 | attention, +, norm1, mlp, +, norm2 | attention, +, norm3, mlp, +, norm4
+    shifted     embed | norm0, attention, +, norm1, mlp, + | norm2, attention, +, norm3, mlp, + | norm4
+    here        embed | attention.norm, ...,    mlp.norm, ... | attention.norm, ...          | final_norm
+
+Shapes: T packed tokens, B batch, S padded length, H heads, D head dim, N hidden size (H * D).
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .engine import Layers
+from .activations import GATED
+from .layers import Layers
+from .layers_torch import attention_weights
 from .packing import Packing
 from .rope import Rotary
 
-# gelu is the erf one, as in the originals; TE's own fused GELU is the tanh one. swiglu gates by the first half.
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
+
+def norm_of(config: Any) -> nn.Module:
+    """The norm that a model's configuration asks for, over its hidden size."""
+    return (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class SelfAttention(nn.Module):
     """Norm, fused QKV projection (rows ordered [head, (q, k, v), D]), rotary attention, output projection."""
 
-    def __init__(self, config: Any, layers: Layers, norm_dropout: float):
+    def __init__(self, config: Any, ops: Layers, quantised: bool, norm_dropout: float):
         super().__init__()
-        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
-        self.qkv = layers.LayerNormLinear(
-            hidden, 3 * hidden, eps=config.layer_norm_eps, bias=bias, rms_norm=config.rms_norm,
-            return_norm=config.post_norm, norm_dropout=norm_dropout,
-        )  # fmt: skip
-        self.core = layers.Attention(heads, hidden // heads, config.attention_probs_dropout_prob, rope=config.rope)
-        self.proj = layers.Linear(hidden, hidden, bias=bias)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.ops, self.heads, self.post_norm = ops, config.num_attention_heads, config.post_norm
+        self.norm_dropout, self.dropout = norm_dropout, config.attention_probs_dropout_prob
+        self.norm = norm_of(config)
+        self.qkv = ops.linear(hidden, 3 * hidden, bias, quantised)
+        self.proj = ops.linear(hidden, hidden, bias, quantised)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None
-    ) -> tuple[Tensor, Tensor]:
-        """The stream, and what attention adds to it, [T, N] each."""
-        x, qkv = self.qkv(x, delta)
-        return x, self.proj(self.core(qkv, rotary, packing))
-
-    def probabilities(self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None) -> Tensor:
-        """The attention weights themselves, [B, H, S, S] in the caller's rows, zero where there is no token."""
-        q, k, _ = self.core.queries_keys_values(self.qkv(x, delta)[1], rotary)
-        rows, width = packing.shape
-        weights = q.new_zeros(rows, q.shape[1], width, width)
-        slots = torch.arange(rows * width, device=q.device) if packing.indices is None else packing.indices
-        tokens = len(slots)  # without the surplus that quantised products want
-        pieces = (tensor[:tokens].split(packing.lengths) for tensor in (slots, q, k))
-        for one, qi, ki in zip(*pieces, strict=True):
-            row, columns = int(one[0]) // width, one % width
-            scores = torch.einsum("lhd,mhd->hlm", qi, ki)
-            scores = scores.softmax(-1).to(weights.dtype)  # autocast makes them float32
-            weights[row, :, columns[:, None], columns] = scores
-        return weights
+        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None, keep_weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream, and what attention adds to it, [T, N] each; the attention weights [B, H, S, S] if kept."""
+        x, normed = self.ops.add_norm(self.norm, x, delta, self.post_norm, into=self.qkv)
+        if self.norm_dropout and self.training:
+            x = normed = F.dropout(normed, self.norm_dropout)
+        qkv = self.qkv(normed).unflatten(-1, (self.heads, 3, -1))  # [T, H, 3, D]
+        weights = attention_weights(qkv, rotary, packing) if keep_weights else None
+        dropout = self.dropout if self.training else 0.0
+        context = self.ops.attend(qkv, self.qkv, rotary, packing, dropout)  # [T, H, D]
+        return x, self.proj(context.flatten(1)), weights
 
 
 class FeedForward(nn.Module):
     """Norm, up projection, activation, down projection."""
 
-    def __init__(self, config: Any, layers: Layers):
+    def __init__(self, config: Any, ops: Layers, quantised: bool):
         super().__init__()
         hidden, width, bias = config.hidden_size, config.feed_forward_width, config.mlp_bias
-        up = 2 * width if config.hidden_act == "swiglu" else width
-        self.fc1 = layers.LayerNormLinear(
-            hidden, up, eps=config.layer_norm_eps, bias=bias, rms_norm=config.rms_norm, return_norm=config.post_norm
-        )
-        self.fc2 = layers.ActivationLinear(width, hidden, config.hidden_act, bias=bias)
+        self.ops, self.activation, self.post_norm = ops, config.hidden_act, config.post_norm
+        self.norm = norm_of(config)
+        self.fc1 = ops.linear(hidden, 2 * width if config.hidden_act in GATED else width, bias, quantised)
+        self.fc2 = ops.linear(width, hidden, bias, quantised)
 
     def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The stream, and what the layers add to it, [T, N] each."""
-        x, up = self.fc1(x, delta)
-        return x, self.fc2(up)
+        x, normed = self.ops.add_norm(self.norm, x, delta, self.post_norm, into=self.fc1)
+        return x, self.fc2(self.ops.activate(self.fc1(normed), self.activation, into=self.fc2))
 
 
 class TransformerBlock(GradientCheckpointingLayer):
@@ -81,16 +77,16 @@ class TransformerBlock(GradientCheckpointingLayer):
     norm_dropout: for the first block of a post-norm model, whose first norm is the embeddings'.
     """
 
-    def __init__(self, config: Any, layers: Layers, norm_dropout: float = 0.0):
+    def __init__(self, config: Any, ops: Layers, quantised: bool, norm_dropout: float = 0.0):
         super().__init__()
-        self.attention = SelfAttention(config, layers, norm_dropout)
-        self.mlp = FeedForward(config, layers)
+        self.attention = SelfAttention(config, ops, quantised, norm_dropout)
+        self.mlp = FeedForward(config, ops, quantised)
         self.dropout = config.hidden_dropout_prob
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None
-    ) -> tuple[Tensor, Tensor]:
-        """(x, delta) -> (x, delta), [T, N] each; delta is None before the first block."""
-        x, delta = self.attention(x, delta, packing, rotary)
+        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None, keep_weights: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x, delta) -> (x, delta), [T, N] each, and the attention weights if kept; delta is None before block 0."""
+        x, delta, weights = self.attention(x, delta, packing, rotary, keep_weights)
         x, delta = self.mlp(x, F.dropout(delta, self.dropout, self.training))
-        return x, F.dropout(delta, self.dropout, self.training)
+        return x, F.dropout(delta, self.dropout, self.training), weights

@@ -1,8 +1,8 @@
 """Which layers a model is built from: TransformerEngine's ("te") or plain PyTorch's ("torch")."""
 
-from typing import Any, NamedTuple
-
 import torch
+
+from .layers import Layers
 
 ENGINES = ("auto", "te", "torch")
 
@@ -32,17 +32,6 @@ def resolve_engine(requested: str) -> str:
     if requested == "te" and reason:
         raise RuntimeError(f'engine="te" cannot run here: {reason}; use engine="torch" or "auto"')
     return "torch" if reason else "te"
-
-
-class Layers(NamedTuple):
-    """The layer classes of one engine."""
-
-    LayerNorm: Any
-    RMSNorm: Any
-    Linear: Any
-    LayerNormLinear: Any
-    ActivationLinear: Any
-    Attention: Any
 
 
 def layers_of(engine: str) -> Layers:

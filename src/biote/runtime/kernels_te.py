@@ -15,6 +15,8 @@ try:
 except ImportError as error:
     raise RuntimeError(f'engine="te" needs Triton: {error}') from error
 
+from .rope import Rotary
+
 NORM_BACKWARD_PROGRAMS = 528  # four for each multiprocessor of a Hopper GPU; each sums its rows' weight gradients
 
 
@@ -229,14 +231,14 @@ def _rotate_kernel(
         _turn_halves(key_at, head, heads, half, cos, sin, 1.0, BLOCK_D)
 
 
-def rotate_in_place(qkv: Tensor, cos: Tensor, sin: Tensor, scale: float, pairs: bool, backward: bool = False) -> None:
+def rotate_in_place(qkv: Tensor, rotary: Rotary, scale: float, backward: bool = False) -> None:
     """Turn queries (times `scale`) and keys of qkv [T, H, 3, D] by their angles; `backward`: turn their gradients."""
     tokens, heads, _, _ = qkv.shape
-    half = cos.shape[1]
+    half = rotary.cos.shape[1]
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(half)
     _rotate_kernel[(tokens,)](
-        qkv, cos, sin, heads, half, scale,
-        PAIRS=pairs, BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=_warps(block_h * block_d),
+        qkv, rotary.cos, rotary.sin, heads, half, scale,
+        PAIRS=rotary.pairs, BACKWARD=backward, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=_warps(block_h * block_d),
     )  # fmt: skip
 
 
@@ -320,6 +322,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_quantised(x: Tensor, quantizer: Any) -> Tensor:
     """As `gelu`, as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    x = x.contiguous()
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     _launch_gelu(x, data, (quantizer.scale, quantizer.amax))
     return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)
@@ -334,6 +337,7 @@ def _relu_fp8_kernel(x_at, out_at, scale_at, amax_at, count, BLOCK: tl.constexpr
 
 def relu_quantised(x: Tensor, quantizer: Any) -> Tensor:
     """ReLU as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    x = x.contiguous()
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     _relu_fp8_kernel[(triton.cdiv(x.numel(), ACTIVATION_BLOCK),)](
         x, data, quantizer.scale, quantizer.amax, x.numel(), BLOCK=ACTIVATION_BLOCK, num_warps=8
@@ -409,6 +413,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 def swiglu_quantised(x: Tensor, quantizer: Any) -> Tensor:
     """As `swiglu`, as TE's Float8Tensor by a delayed-scaling quantizer; no gradient."""
+    x = x.contiguous()
     data = torch.empty(len(x), x.shape[1] // 2, dtype=torch.float8_e4m3fn, device=x.device)
     _launch_swiglu(x, data, (quantizer.scale, quantizer.amax))
     return quantizer.create_tensor_from_data(data.view(torch.uint8), fake_dtype=x.dtype)

@@ -1,6 +1,8 @@
-"""The layers of a block from TransformerEngine: the names, arguments and parameter names of `layers_torch`.
+"""The te engine: products and cuDNN attention by TransformerEngine, and our own kernels between them.
 
-Shapes: T packed tokens, H heads, D head dim.
+A product that is not quantised is PyTorch's, which costs the host less, and is exact in float32, where TE's is TF32
+whatever torch's settings say.
+Shapes: T packed tokens, H heads, D head dim, N features.
 """
 
 from collections.abc import Callable
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .engine import Layers
-from .layers_torch import Attention as TorchAttention
-from .layers_torch import activate
+from .activations import ACTIVATIONS
+from .layers import untouched
+from .layers_torch import TorchLayers
 from .packing import Packing
 from .rope import Rotary
 
@@ -25,131 +27,94 @@ except ImportError as error:
 
 from .attention_te import cudnn_attention, cudnn_can_attend, flash_attention
 from .kernels_te import add_norm, add_norm_quantised, gelu, gelu_quantised, relu_quantised, swiglu, swiglu_quantised
+from .lora_te import explain_quantised_layers
 
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Any], Any]]] = {  # one pass over memory each
     "gelu": (gelu, gelu_quantised),
     "relu": (F.relu, relu_quantised),
     "swiglu": (swiglu, swiglu_quantised),
 }
+FEW_TOKENS = 2048  # up to which FlashAttention is faster than cuDNN's attention
 
 
-FEW_TOKENS = 2048
+class _AnyLinear(nn.Linear):
+    """Lets a te.Linear be an nn.Linear to those who look for these (LoRA's "all-linear"), without its constructor."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
 
-def _placement() -> dict[str, Any]:
-    """TE builds on "cuda" unless told; follow torch's default device (meta during from_pretrained) instead."""
-    return {"device": str(torch.empty(0).device)}  # a string: TE compares it with "meta"
+class Linear(te.Linear, _AnyLinear):
+    """The product of a quantised layer.
 
-
-class _PlainState:
-    """Keeps TE's `_extra_state` (fp8 histories, pickled) out of checkpoints, which hold tensors only."""
+    Without TE's `_extra_state` (fp8 histories, pickled), since checkpoints hold tensors only.
+    """
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
-
-class LayerNorm(_PlainState, te.LayerNorm):
-    """Layer norm over the last dimension."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__(hidden_size, eps=eps, **_placement())
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        # TE builds on "cuda" unless told; follow torch's default device (meta during from_pretrained) instead,
+        # told as a string, since TE compares it with "meta"
+        super().__init__(in_features, out_features, bias=bias, device=str(torch.empty(0).device))
 
 
-class RMSNorm(_PlainState, te.RMSNorm):
-    """RMS norm over the last dimension."""
+class TeLayers(TorchLayers):
+    """As the torch engine, with what lies between untouched modules in one kernel each."""
 
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__(hidden_size, eps=eps, **_placement())
+    def linear(self, in_features: int, out_features: int, bias: bool, quantised: bool) -> nn.Module:
+        if not quantised:
+            return nn.Linear(in_features, out_features, bias)
+        explain_quantised_layers()
+        return Linear(in_features, out_features, bias)
 
-
-class Linear(_PlainState, te.Linear):
-    """Linear layer: TE's where a layer is quantised, PyTorch's otherwise.
-
-    PyTorch's costs the host less, and is exact in float32, where TE's is TF32 whatever torch's settings say.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, bias=bias, **_placement())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if _quantised():
-            return super().forward(x)
-        return F.linear(x, self.weight, self.bias if self.use_bias else None)
-
-    def delayed_quantizer(self) -> Float8Quantizer | None:
-        """The delayed-scaling quantizer of the input, in inference, once TE has made it: a kernel may use it."""
-        if torch.is_grad_enabled() or not _quantised():
-            return None
-        made = self.quantizers["scaling_fwd"]
-        return made[0] if len(made) and isinstance(made[0], Float8Quantizer) else None
-
-
-class LayerNormLinear(Linear):
-    """As in `layers_torch`. The parameters are those of TE's LayerNormLinear.
-
-    Sum, norm and quantisation are one kernel of ours: TE's module would norm alone, at a quarter of the memory's speed
-    for a hidden size of 1280 (docs/performance.md).
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, eps: float, bias: bool = True, rms_norm: bool = False,
-        return_norm: bool = False, norm_dropout: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(in_features, out_features, bias=bias)
-        self.eps, self.return_norm, self.norm_dropout = eps, return_norm, norm_dropout
-        self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
-        self.layer_norm_bias = None if rms_norm else nn.Parameter(torch.zeros(in_features))
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, delta: Tensor | None = None
+    def add_norm(
+        self, norm: nn.Module, x: Tensor, delta: Tensor | None, post_norm: bool, into: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x and delta [T, in] -> (x + delta, or its norm; the product of the norm [T, out])."""
-        norm_weights = (self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        quantizer = None if self.training else self.delayed_quantizer()  # in training, dropout may follow the norm
+        if not _has_kernel(norm):
+            return super().add_norm(norm, x, delta, post_norm, into)
+        weights: Any = (norm.weight, norm.bias if type(norm) is nn.LayerNorm else None, norm.eps)
+        quantizer = _input_quantizer(into)
         if quantizer is not None:
-            stream, norm = add_norm_quantised(x, delta, *norm_weights, quantizer, self.return_norm)
-            return stream, super().forward(norm)
-        stream, norm = add_norm(x, delta, *norm_weights, self.return_norm)
-        norm = F.dropout(norm, self.norm_dropout, self.training)
-        return norm if self.return_norm else stream, super().forward(norm)
+            return add_norm_quantised(x, delta, *weights, quantizer, post_norm)
+        return add_norm(x, delta, *weights, post_norm)
 
+    def activate(self, x: Tensor, activation: str, into: nn.Module) -> Tensor:
+        if activation not in KERNELS:
+            return ACTIVATIONS[activation](x)
+        plain, quantised = KERNELS[activation]
+        quantizer = _input_quantizer(into)
+        return plain(x) if quantizer is None else quantised(x, quantizer)
 
-class ActivationLinear(Linear):
-    """Activation, then a linear layer."""
-
-    def __init__(self, in_features: int, out_features: int, activation: str, bias: bool = True):
-        super().__init__(in_features, out_features, bias=bias)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, in], or [T, 2 * in] for a gated activation -> [T, out]."""
-        if self.activation not in KERNELS:
-            return super().forward(activate(x, self.activation))
-        plain, quantised = KERNELS[self.activation]
-        quantizer = self.delayed_quantizer()
-        return super().forward(plain(x) if quantizer is None else quantised(x, quantizer))
-
-
-class Attention(TorchAttention):
-    """Rotation of queries and keys, then attention by what is fastest: cuDNN, or for few tokens FlashAttention.
-
-    As the torch engine where cuDNN has no kernel.
-    """
-
-    def forward(self, qkv: Tensor, rotary: Rotary | None, packing: Packing) -> Tensor:
-        """qkv [T, H * 3 * D], which is overwritten -> [T, H * D], zero past the last sequence."""
-        heads = qkv.view(-1, self.num_heads, 3, self.head_dim)
-        if not cudnn_can_attend(heads):
-            return super().forward(qkv, rotary, packing)
-        dropout = self.dropout if self.training else 0.0
+    def attend(
+        self, qkv: Tensor, made_by: nn.Module, rotary: Rotary | None, packing: Packing, dropout: float
+    ) -> Tensor:
+        """cuDNN's attention, or for few tokens in inference FlashAttention; PyTorch's where cuDNN has no kernel."""
+        if not cudnn_can_attend(qkv):
+            return super().attend(qkv, made_by, rotary, packing, dropout)
+        if rotary is not None and not untouched(made_by, nn.Linear, Linear):
+            qkv = qkv.clone()  # queries and keys are turned in place
         surplus = len(qkv) - len(packing.positions)  # rows that quantised products want
         if len(qkv) <= FEW_TOKENS and not (torch.is_grad_enabled() or dropout or surplus):
-            return flash_attention(heads, rotary, packing, self.rope).flatten(1)
-        return cudnn_attention(heads, rotary, packing, dropout, self.rope).flatten(1)
+            return flash_attention(qkv, rotary, packing)
+        return cudnn_attention(qkv, rotary, packing, dropout)
 
 
-def _quantised() -> bool:
-    return FP8GlobalStateManager.is_fp8_enabled()
+def _has_kernel(norm: nn.Module) -> bool:
+    """Whether a norm is one that our kernel computes, which reads a norm without a bias as an RMS norm."""
+    if not untouched(norm, nn.LayerNorm, nn.RMSNorm) or norm.weight is None or norm.eps is None:
+        return False
+    return type(norm) is nn.RMSNorm or norm.bias is not None
 
 
-te_layers = Layers(LayerNorm, RMSNorm, Linear, LayerNormLinear, ActivationLinear, Attention)
+def _input_quantizer(linear: nn.Module | None) -> Float8Quantizer | None:
+    """The delayed-scaling quantizer of a product's input, in inference, once TE has made it: a kernel may use it."""
+    if not FP8GlobalStateManager.is_fp8_enabled() or torch.is_grad_enabled():
+        return None
+    if not isinstance(linear, Linear) or linear.training or not untouched(linear, Linear):
+        return None
+    made = linear.quantizers["scaling_fwd"]
+    return made[0] if len(made) and isinstance(made[0], Float8Quantizer) else None
+
+
+te_layers = TeLayers()

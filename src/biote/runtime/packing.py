@@ -1,6 +1,6 @@
 """Padded rows to packed tokens and back: the only place that knows of padding.
 
-Shapes: B batch (proteins, cells), S padded length, T packed tokens (real ones only), N features.
+Shapes: B batch, S padded length, T packed tokens (real ones only), N features.
 """
 
 from dataclasses import dataclass
@@ -50,6 +50,16 @@ class Packing:
             rows = tokens.new_zeros(self.shape[0] * self.shape[1], *tokens.shape[1:])
             tokens = rows.index_copy(0, self.indices, tokens)
         return tokens.unflatten(0, self.shape)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the embeddings read of a batch: token ids, or embeddings that the caller made."""
+
+    packing: Packing
+    ids: Tensor | None = None  # int [T]
+    embeds: Tensor | None = None  # [T, N]
+    types: Tensor | None = None  # int [T]
 
 
 def plan_packing(

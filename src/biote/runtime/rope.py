@@ -5,12 +5,25 @@ Shapes: T packed tokens, H heads, D head dim.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ROPES = ("half", "pairs", "none")
-Rotary = tuple[Tensor, Tensor]  # cosines and sines of each token's angles, float32 [T, D/2]
+
+
+class Rotary(NamedTuple):
+    """By what angles a batch's queries and keys turn: one a token and pair of dimensions."""
+
+    cos: Tensor  # float32 [T, D/2]
+    sin: Tensor
+    pairs: bool  # the convention
+
+    def padded(self, surplus: int) -> "Rotary":
+        """With `surplus` more tokens, which turn queries and keys to zero."""
+        return Rotary(*(F.pad(x, (0, 0, 0, surplus)) for x in (self.cos, self.sin)), self.pairs)
 
 
 def inverse_frequencies(head_dim: int, base: float) -> Tensor:
@@ -21,9 +34,9 @@ def inverse_frequencies(head_dim: int, base: float) -> Tensor:
 class RotaryEmbedding(nn.Module):
     """Angles of each position. `inv_freq` is part of the checkpoint: published models hold values rounded to fp16."""
 
-    def __init__(self, head_dim: int, base: float):
+    def __init__(self, head_dim: int, base: float, pairs: bool = False):
         super().__init__()
-        self.head_dim, self.base = head_dim, base
+        self.head_dim, self.base, self.pairs = head_dim, base, pairs
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", torch.empty(head_dim // 2, dtype=torch.float32))
         self.reset_parameters()
@@ -41,9 +54,15 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, positions: Tensor) -> Rotary:
-        """int [T] -> cosines and sines, float32 [T, D/2]."""
+        """int [T] -> the angles of these positions."""
         angles = positions[:, None].float() * self.inv_freq.float()
-        return angles.cos(), angles.sin()
+        return Rotary(angles.cos(), angles.sin(), self.pairs)
+
+
+def rotate(x: Tensor, rotary: Rotary, scale: float = 1.0) -> Tensor:
+    """Turn queries or keys [T, H, D] by the angles of their tokens, times `scale`; in float32 at least."""
+    turn = rotate_pairs if rotary.pairs else rotate_half
+    return turn(x, rotary.cos, rotary.sin, scale)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:

@@ -9,14 +9,11 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from biote.runtime.modeling import (
-    EncoderConfig,
-    EncoderModel,
-    MaskedLMModel,
-    SequenceClassificationModel,
-    TokenClassificationModel,
-)
-from biote.runtime.packing import Packing
+from biote.runtime.block import norm_of
+from biote.runtime.config import EncoderConfig
+from biote.runtime.encoder import EncoderModel
+from biote.runtime.heads import MaskedLMModel, SequenceClassificationModel, TokenClassificationModel
+from biote.runtime.packing import Tokens
 
 
 @strict
@@ -63,14 +60,11 @@ class Embeddings(nn.Module):
     def __init__(self, config: AmplifyTEConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        norm = nn.RMSNorm if config.rms_norm else nn.LayerNorm
-        self.layer_norm = (
-            norm(config.hidden_size, eps=config.layer_norm_eps) if config.layer_norm_after_embedding else nn.Identity()
-        )
+        self.layer_norm = norm_of(config) if config.layer_norm_after_embedding else nn.Identity()
 
-    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, packing: Packing) -> Tensor:
-        """input_ids [T] or inputs_embeds [T, N] -> [T, N]."""
-        return self.layer_norm(self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Embeddings [T, N], of token ids or as the caller made them."""
+        return self.layer_norm(self.word_embeddings(tokens.ids) if tokens.embeds is None else tokens.embeds)
 
 
 class AmplifyTEModel(EncoderModel):

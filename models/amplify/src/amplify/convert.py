@@ -44,9 +44,9 @@ def hf_mapping(config: AmplifyTEConfig, theirs: Json, auto: str) -> Mapping:
     up, down = ("ffn.w12", "ffn.w3") if config.hidden_act == "swiglu" else ("ffn.0", "ffn.2")
     rename = [
         ("encoder.weight", WORDS),
-        (HF_LAYER + "attention_norm.{n}", OUR_LAYER + "attention.qkv.layer_norm_{n}"),
+        (HF_LAYER + "attention_norm.{n}", OUR_LAYER + "attention.norm.{n}"),
         (HF_LAYER + "wo.{a}", OUR_LAYER + "attention.proj.{a}"),
-        (HF_LAYER + "ffn_norm.{n}", OUR_LAYER + "mlp.fc1.layer_norm_{n}"),
+        (HF_LAYER + "ffn_norm.{n}", OUR_LAYER + "mlp.norm.{n}"),
         (HF_LAYER + up + ".{f}", OUR_LAYER + "mlp.fc1.{f}"),
         (HF_LAYER + down + ".{f}", OUR_LAYER + "mlp.fc2.{f}"),
         ("decoder.weight", "lm_head.decoder.weight"),
@@ -73,9 +73,10 @@ def nvidia_mapping(config: AmplifyTEConfig, theirs: Json, auto: str) -> Mapping:
     their_rows = theirs.get("padded_vocab_size") or NVIDIA_VOCABULARY
     pad_rows = partial(PadRows, our_rows=config.vocab_size, their_rows=their_rows)
     rename = [
-        (NVIDIA_LAYER + "self_attention.layernorm_qkv.{lw}", OUR_LAYER + "attention.qkv.{lw}"),
+        (NVIDIA_LAYER + "self_attention.layernorm_qkv.layer_norm_weight", OUR_LAYER + "attention.norm.weight"),
+        (NVIDIA_LAYER + "self_attention.layernorm_qkv.weight", OUR_LAYER + "attention.qkv.weight"),
         (NVIDIA_LAYER + "self_attention.proj.weight", OUR_LAYER + "attention.proj.weight"),
-        (NVIDIA_LAYER + "layernorm_mlp.layer_norm_weight", OUR_LAYER + "mlp.fc1.layer_norm_weight"),
+        (NVIDIA_LAYER + "layernorm_mlp.layer_norm_weight", OUR_LAYER + "mlp.norm.weight"),
         (NVIDIA_LAYER + "layernorm_mlp.fc1_weight", OUR_LAYER + "mlp.fc1.weight"),
         (NVIDIA_LAYER + "layernorm_mlp.fc2_weight", OUR_LAYER + "mlp.fc2.weight"),
         ("decoder.layer_norm_weight", "model.final_norm.weight"),
@@ -87,7 +88,7 @@ def nvidia_mapping(config: AmplifyTEConfig, theirs: Json, auto: str) -> Mapping:
         pad_rows(theirs=("decoder.bias",), ours=("lm_head.decoder.bias",), fill="min"),
         _frequencies(config),
     ]
-    return Mapping.of(*rules, i=range(config.num_hidden_layers), lw=("layer_norm_weight", "weight"))
+    return Mapping.of(*rules, i=range(config.num_hidden_layers))
 
 
 def _weights(bias: bool) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ def _weights(bias: bool) -> tuple[str, ...]:
 def _frequencies(config: AmplifyTEConfig) -> Recompute:
     head_dim = config.hidden_size // config.num_attention_heads
     return Recompute(
-        ours=("model.rotary.inv_freq",),
+        ours=("model.rotary.0.inv_freq",),
         make=lambda: inverse_frequencies(head_dim, ROPE_BASE),
         why="the original stores no frequencies: it computes them",
         exact=True,
@@ -194,7 +195,7 @@ def _published_base(name: str) -> Checkpoint:
 PORT = ModelPort(
     name="amplify",
     title="AMPLIFY",
-    package="amplify",
+    package="biote_amplify",
     license="mit",
     config_class=AmplifyTEConfig,
     classes={

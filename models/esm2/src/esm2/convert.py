@@ -45,9 +45,9 @@ def hf_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
     rename = [
         ("esm.contact_head.regression.{k}", "model.contact_head.regression.{k}"),
         ("esm.encoder.emb_layer_norm_after.{k}", "model.final_norm.{k}"),
-        (HF_LAYER + "attention.LayerNorm.{k}", OUR_LAYER + "attention.qkv.layer_norm_{k}"),
+        (HF_LAYER + "attention.LayerNorm.{k}", OUR_LAYER + "attention.norm.{k}"),
         (HF_LAYER + "attention.output.dense.{k}", OUR_LAYER + "attention.proj.{k}"),
-        (HF_LAYER + "LayerNorm.{k}", OUR_LAYER + "mlp.fc1.layer_norm_{k}"),
+        (HF_LAYER + "LayerNorm.{k}", OUR_LAYER + "mlp.norm.{k}"),
         (HF_LAYER + "intermediate.dense.{k}", OUR_LAYER + "mlp.fc1.{k}"),
         (HF_LAYER + "output.dense.{k}", OUR_LAYER + "mlp.fc2.{k}"),
     ]
@@ -66,7 +66,7 @@ def hf_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
         Shared(
             theirs=(HF_LAYER + "attention.self." + HF_INV_FREQ,),
             also=("esm." + HF_INV_FREQ, "esm.encoder.layer.*.attention.self." + HF_INV_FREQ),
-            ours=("model.rotary.inv_freq",),
+            ours=("model.rotary.0.inv_freq",),
             keep_dtype=True,
         ),
         Drop(theirs=("esm.embeddings.position_ids",), why="a constant 0, 1, 2, ... of old files"),
@@ -98,9 +98,10 @@ def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
     """The TE checkpoints that NVIDIA publishes: no contact head, no rotary frequencies, padded vocabulary."""
     rename = [
         ("model.encoder.emb_layer_norm_after.{k}", "model.final_norm.{k}"),
-        (NVIDIA_LAYER + "self_attention.layernorm_qkv.{lk}", OUR_LAYER + "attention.qkv.{lk}"),
+        (NVIDIA_LAYER + "self_attention.layernorm_qkv.layer_norm_{k}", OUR_LAYER + "attention.norm.{k}"),
+        (NVIDIA_LAYER + "self_attention.layernorm_qkv.{k}", OUR_LAYER + "attention.qkv.{k}"),
         (NVIDIA_LAYER + "self_attention.proj.{k}", OUR_LAYER + "attention.proj.{k}"),
-        (NVIDIA_LAYER + "layernorm_mlp.layer_norm_{k}", OUR_LAYER + "mlp.fc1.layer_norm_{k}"),
+        (NVIDIA_LAYER + "layernorm_mlp.layer_norm_{k}", OUR_LAYER + "mlp.norm.{k}"),
         (NVIDIA_LAYER + "layernorm_mlp.fc1_{k}", OUR_LAYER + "mlp.fc1.{k}"),
         (NVIDIA_LAYER + "layernorm_mlp.fc2_{k}", OUR_LAYER + "mlp.fc2.{k}"),
     ]
@@ -113,7 +114,7 @@ def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
             ours=(WORDS,),
         ),
         Recompute(
-            ours=("model.rotary.inv_freq",),
+            ours=("model.rotary.0.inv_freq",),
             make=lambda: inverse_frequencies(config.hidden_size // config.num_attention_heads, config.rope_theta),
             why="NVIDIA's modules recompute the frequencies",
             keep_dtype=True,
@@ -129,8 +130,7 @@ def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
     elif auto == "AutoModelForTokenClassification":
         rename.append(("classifier.{k}", "classifier.{k}"))
     rules += [Rename(theirs=(a,), ours=(b,)) for a, b in rename]
-    layer_norm_linear = ("layer_norm_weight", "layer_norm_bias", *WEIGHT_AND_BIAS)
-    mapping = Mapping.of(*rules, i=range(config.num_hidden_layers), k=WEIGHT_AND_BIAS, lk=layer_norm_linear)
+    mapping = Mapping.of(*rules, i=range(config.num_hidden_layers), k=WEIGHT_AND_BIAS)
     return mapping.under("model.", "model.") if auto == "AutoModel" else mapping
 
 
@@ -247,7 +247,7 @@ PUBLISHED: list[tuple[str, int, int, int, str, str, str]] = [  # tag, layers, hi
 PORT = ModelPort(
     name="esm2",
     title="ESM-2",
-    package="esm2",
+    package="biote_esm2",
     license="mit",
     config_class=Esm2TEConfig,
     classes={

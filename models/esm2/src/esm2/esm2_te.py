@@ -9,14 +9,10 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biote.runtime.modeling import (
-    EncoderConfig,
-    EncoderModel,
-    MaskedLMModel,
-    SequenceClassificationModel,
-    TokenClassificationModel,
-)
-from biote.runtime.packing import Packing
+from biote.runtime.config import EncoderConfig
+from biote.runtime.encoder import EncoderModel
+from biote.runtime.heads import MaskedLMModel, SequenceClassificationModel, TokenClassificationModel
+from biote.runtime.packing import Tokens
 
 TRAINED_MASK_RATIO = 0.15 * 0.8  # share of tokens that were <mask> while ESM-2 was trained
 
@@ -49,15 +45,14 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.mask_token_id = config.mask_token_id if config.token_dropout else None
 
-    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, packing: Packing) -> Tensor:
-        """input_ids [T] or inputs_embeds [T, N] -> [T, N]; given embeddings are used as they are."""
-        if input_ids is None:
-            assert inputs_embeds is not None
-            return inputs_embeds
-        x = self.word_embeddings(input_ids)
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Embeddings [T, N]; those that the caller made are used as they are."""
+        if tokens.embeds is not None:
+            return tokens.embeds
+        x = self.word_embeddings(tokens.ids)
         if self.mask_token_id is None:
             return x
-        is_mask = input_ids == self.mask_token_id
+        is_mask, packing = tokens.ids == self.mask_token_id, tokens.packing
         lengths = packing.cu_seqlens.diff().clamp(min=1)  # in a CUDA graph, sequences may be empty
         counts = torch.zeros_like(lengths, dtype=torch.float32)
         counts.index_add_(0, packing.sequence_of_token, is_mask.float())
@@ -65,19 +60,32 @@ class Embeddings(nn.Module):
         return (x.masked_fill(is_mask[:, None], 0.0) * (1 - TRAINED_MASK_RATIO) / kept).to(x.dtype)
 
 
+class Regression(nn.Module):
+    """Weight [1, F] and bias [1], F features -> log odds. No nn.Linear: adapters of "all-linear" pass it by."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, features))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., F] -> [...]."""
+        return F.linear(x, self.weight, self.bias).squeeze(-1)
+
+
 class ContactHead(nn.Module):
     """Logistic regression over the symmetrised, average-product-corrected attention maps of all layers and heads."""
 
     def __init__(self, config: Esm2TEConfig):
         super().__init__()
-        self.regression = nn.Linear(config.num_hidden_layers * config.num_attention_heads, 1)
+        self.regression = Regression(config.num_hidden_layers * config.num_attention_heads)
 
     def forward(self, attentions: Tensor) -> Tensor:
         """attentions [B, layers * H, S, S] -> contact probabilities [B, S, S]."""
         maps = attentions + attentions.mT
         rows, columns, total = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True), maps.sum((-1, -2), keepdim=True)
         corrected = maps - rows * columns / total
-        return self.regression(corrected.permute(0, 2, 3, 1)).squeeze(-1).sigmoid()
+        return self.regression(corrected.permute(0, 2, 3, 1)).sigmoid()
 
 
 class Esm2TEModel(EncoderModel):

@@ -35,14 +35,14 @@ def hf_mapping(config: GeneformerTEConfig, theirs: Json, auto: str) -> Mapping:
         ("bert.embeddings.position_embeddings.weight", "model.embeddings.position_embeddings.weight"),
         ("bert.embeddings.token_type_embeddings.weight", "model.embeddings.token_type_embeddings.weight"),
         (HF_LAYER + "attention.output.dense.{k}", OUR_LAYER + "attention.proj.{k}"),
-        (HF_LAYER + "attention.output.LayerNorm.{k}", OUR_LAYER + "mlp.fc1.layer_norm_{k}"),
+        (HF_LAYER + "attention.output.LayerNorm.{k}", OUR_LAYER + "mlp.norm.{k}"),
         (HF_LAYER + "intermediate.dense.{k}", OUR_LAYER + "mlp.fc1.{k}"),
         (HF_LAYER + "output.dense.{k}", OUR_LAYER + "mlp.fc2.{k}"),
     ]
     last = config.num_hidden_layers - 1
     first_norms = ["bert.embeddings.LayerNorm.{k}"]
     first_norms += [f"bert.encoder.layer.{i}.output.LayerNorm.{{k}}" for i in range(last)]
-    rename += [(norm, f"model.layers.{i}.attention.qkv.layer_norm_{{k}}") for i, norm in enumerate(first_norms)]
+    rename += [(norm, f"model.layers.{i}.attention.norm.{{k}}") for i, norm in enumerate(first_norms)]
     rename.append((f"bert.encoder.layer.{last}.output.LayerNorm.{{k}}", "model.final_norm.{k}"))
     masked = auto == "AutoModelForMaskedLM"
     rules: list[Rule] = [Rename(theirs=(a,), ours=(b,)) for a, b in rename + HF_HEADS[auto]]
@@ -164,7 +164,7 @@ PUBLISHED = {
 PORT = ModelPort(
     name="geneformer",
     title="Geneformer",
-    package="geneformer",
+    package="biote_geneformer",
     license="apache-2.0",
     config_class=GeneformerTEConfig,
     classes={

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from biote.runtime.modeling import EncoderModel
+from biote.runtime.encoder import EncoderModel
 
 from .special_tokens import special_tokens
 

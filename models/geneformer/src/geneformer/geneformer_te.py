@@ -11,15 +11,12 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biote.runtime.layers_torch import activate
-from biote.runtime.modeling import (
-    EncoderConfig,
-    EncoderModel,
-    MaskedLMModel,
-    SequenceClassificationModel,
-    TokenClassificationModel,
-)
-from biote.runtime.packing import Packing
+from biote.runtime.activations import ACTIVATIONS
+from biote.runtime.config import EncoderConfig
+from biote.runtime.encoder import EncoderModel
+from biote.runtime.heads import MaskedLMModel, SequenceClassificationModel, TokenClassificationModel
+from biote.runtime.layers import untouched
+from biote.runtime.packing import Tokens
 
 
 @strict
@@ -55,21 +52,12 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        packing: Packing,
-        token_type_ids: Tensor | None = None,
-    ) -> Tensor:
-        """input_ids [T] or inputs_embeds [T, N], token_type_ids [T] (0 if not given) -> [T, N]."""
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        types = (
-            self.token_type_embeddings.weight[0]
-            if token_type_ids is None
-            else self.token_type_embeddings(token_type_ids)
-        )
-        return words + types + self.position_embeddings(packing.positions)
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Embeddings [T, N]: of token ids, or words as the caller made them; of token types, 0 if not given."""
+        words = self.word_embeddings(tokens.ids) if tokens.embeds is None else tokens.embeds
+        table = self.token_type_embeddings
+        types = table.weight[0] if tokens.types is None else table(tokens.types)
+        return words + types + self.position_embeddings(tokens.packing.positions)
 
 
 class GeneformerTEModel(EncoderModel):
@@ -85,13 +73,8 @@ class GeneformerTEModel(EncoderModel):
 
     def original_states(self, states: list[Tensor], last: Tensor) -> list[Tensor]:
         """The normed embeddings and each block's normed output, which the next block's first norm makes."""
-        size, eps = (self.config.hidden_size,), self.config.layer_norm_eps
-        normed = []
-        for x, layer in zip(states[:-1], self.layers, strict=True):
-            block: Any = layer
-            qkv = block.attention.qkv
-            normed.append(F.layer_norm(x, size, qkv.layer_norm_weight, qkv.layer_norm_bias, eps))
-        return [*normed, last]
+        blocks: Any = self.layers
+        return [*(block.attention.norm(x) for x, block in zip(states[:-1], blocks, strict=True)), last]
 
 
 class LMHead(nn.Module):
@@ -106,10 +89,10 @@ class LMHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, N] -> [T, V]."""
-        x = self.layer_norm(activate(self.dense(x), self.activation))
+        x = self.layer_norm(ACTIVATIONS[self.activation](self.dense(x)))
         genes = self.decoder.out_features
         surplus = -genes % 64
-        if not x.is_cuda or not surplus:
+        if not x.is_cuda or not surplus or not untouched(self.decoder, nn.Linear):
             return self.decoder(x)
         # a weight padded on the way: a product with 20,275 columns takes up to 7 times as long (docs/performance.md)
         weight, bias = F.pad(self.decoder.weight, (0, 0, 0, surplus)), F.pad(self.decoder.bias, (0, surplus))
