@@ -26,6 +26,8 @@ test-gpu:  # in the environment at hand, which has CUDA and TransformerEngine
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed
+	for model in $(notdir $(MODELS)); do ln -s ../../models/$$model/src/$$model build/typed/biote_$$model; done
 	$(BIN)/mypy
 
 clean:

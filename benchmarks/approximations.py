@@ -20,12 +20,12 @@ from common import HERE, RESULTS, provenance, write_result
 from transformers import logging
 
 sys.path.append(str(HERE.parent / "examples"))
-from biote_esm2 import build_tokenizer, convert_hf_to_te
-from biote_esm2.convert import load_hf
 from demo import PROTEINS, SEED, build_original, read_fasta
 
 from biote.runtime.rope import inverse_frequencies
 from biote.runtime.verify import outputs_of, relative_l2
+from biote_esm2 import build_tokenizer, convert_hf_to_te
+from biote_esm2.convert import load_hf
 
 TAG = "esm2_t6_8M_UR50D"
 PACKAGES = ("torch", "transformers", "biote")

@@ -21,6 +21,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import EsmConfig, EsmForMaskedLM, PreTrainedModel
 
+import biote_esm2
+
 CLS, PAD, EOS, MASK = 0, 1, 2, 32
 RESIDUES = (4, 24)  # ids of the twenty amino acids, half open
 MASKED_SHARE = 0.15

@@ -28,7 +28,7 @@ SHARD_BYTES = 10**9  # of the sharded variant
 MEGABYTE = 10**6
 SETTLE_SECONDS = 4
 TARGET_RATIO, TARGET_PEAK_MB = 0.5, 600
-IMPORTS = "import esm2, sys, time; from pathlib import Path; from biote.convert import convert_folder"
+IMPORTS = "import biote_esm2, sys, time; from pathlib import Path; from biote.convert import convert_folder"
 CONVERT = (
     f"{IMPORTS}; start = time.perf_counter(); convert_folder(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]); "
     "print(time.perf_counter() - start)"

@@ -14,9 +14,10 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-from biote_geneformer import GeneformerTokenizer
 from common import RESULTS, provenance, write_result
 from scipy import sparse
+
+from biote_geneformer import GeneformerTokenizer
 
 GENES, EXPRESSED = 20_000, 2_000
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from biote_esm2 import convert_hf_to_te
 from common import provenance, write_result
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from transformers import EsmConfig, EsmForMaskedLM, logging
 
 from biote.convert import own_state
 from biote.runtime.engine import why_not_te
+from biote_esm2 import convert_hf_to_te
 
 SHAPES = {"8M": (6, 320, 20), "35M": (12, 480, 20)}  # layers, hidden size, heads
 CLS, PAD, EOS, MASK = 0, 1, 2, 32

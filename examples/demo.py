@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from biote_esm2 import Esm2TEForMaskedLM, build_tokenizer
-from biote_esm2.convert import PORT, load_hf
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM, logging
@@ -20,6 +18,8 @@ from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM, logging
 from biote.cli import run
 from biote.convert import convert_folder, locate
 from biote.export import export
+from biote_esm2 import Esm2TEForMaskedLM, build_tokenizer
+from biote_esm2.convert import PORT, load_hf
 
 PROTEINS = Path(__file__).parent / "proteins.fasta"
 SHAPES = {  # layers, hidden size, heads, feed-forward size

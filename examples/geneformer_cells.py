@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import typer
-from biote_geneformer import GeneformerTEConfig, GeneformerTEModel, GeneformerTokenizer, cell_embeddings
 from scipy import sparse
 
 from biote.cli import run
+from biote_geneformer import GeneformerTEConfig, GeneformerTEModel, GeneformerTokenizer, cell_embeddings
 
 SEED = 2025
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

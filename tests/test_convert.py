@@ -3,8 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from biote_esm2 import Esm2TEConfig, Esm2TEForMaskedLM, convert_te_to_hf
-from biote_esm2.convert import PORT, read_hf_config
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import EsmConfig
@@ -13,6 +11,8 @@ from biote import convert, port
 from biote.convert import locate, state_specs
 from biote.files import WEIGHTS
 from biote.port import identify
+from biote_esm2 import Esm2TEConfig, Esm2TEForMaskedLM, convert_te_to_hf
+from biote_esm2.convert import PORT, read_hf_config
 
 
 @pytest.mark.parametrize("fields", [{"engine": "te"}, {"layer_precision": "fp8"}, {"quantized_weights": True}])

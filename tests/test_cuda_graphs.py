@@ -7,10 +7,10 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from biote_esm2 import Esm2TEConfig, Esm2TEModel
 
 from biote.runtime.cuda_graphs import GraphedEncoder
 from biote.runtime.packing import plan_packing
+from biote_esm2 import Esm2TEConfig, Esm2TEModel
 
 
 @pytest.fixture

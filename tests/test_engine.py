@@ -6,19 +6,13 @@ The te engine is built from TransformerEngine where it can run, elsewhere from a
 import inspect
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from biote_esm2 import (
-    Esm2TEConfig,
-    Esm2TEForMaskedLM,
-    Esm2TEForSequenceClassification,
-    Esm2TEForTokenClassification,
-    Esm2TEModel,
-)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +24,13 @@ from biote.runtime import engine
 from biote.runtime.activations import swiglu
 from biote.runtime.engine import layers_of, resolve_engine, why_not_te
 from biote.runtime.packing import Packing
+from biote_esm2 import (
+    Esm2TEConfig,
+    Esm2TEForMaskedLM,
+    Esm2TEForSequenceClassification,
+    Esm2TEForTokenClassification,
+    Esm2TEModel,
+)
 
 CLASSES = [Esm2TEModel, Esm2TEForMaskedLM, Esm2TEForTokenClassification, Esm2TEForSequenceClassification]
 TE_NAME = "transformer_engine.pytorch"
@@ -58,7 +59,7 @@ class Linear(StandIn):
         self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: Any = None, device: Any = "cuda"
     ) -> None:
         super().__init__()
-        self.use_bias = bias
+        self.use_bias, self.in_features, self.out_features = bias, in_features, out_features
         biases = {"bias": (out_features,)} if bias else {}
         self.own(device, params_dtype, weight=(out_features, in_features), **biases)
 
@@ -102,6 +103,7 @@ def te(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return "real"
     request.getfixturevalue("fresh_layers")
     package, pytorch = ModuleType("transformer_engine"), ModuleType(TE_NAME)
+    package.__spec__ = ModuleSpec("transformer_engine", None)  # peft looks for it
     quantization, kernels, attention = (ModuleType(name) for name in (f"{TE_NAME}.quantization", KERNELS, ATTENTION))
     vars(package)["pytorch"] = pytorch
     vars(pytorch)["Linear"] = Linear
@@ -261,7 +263,7 @@ def test_layout_of_a_block(te: str) -> None:
 
 
 def test_a_quantised_product_is_a_linear_to_everyone(te: str) -> None:
-    """To peft, which looks for te.Linear and for nn.Linear, too; and it has no parameter, state or device of its own."""
+    """To peft too, which looks for te.Linear and for nn.Linear; and it has the parameters of one, nothing else."""
     linear = layers_of("te").linear
     with torch.device("meta"):
         quantised, plain = linear(8, 6, bias=True, quantised=True), linear(8, 6, bias=True, quantised=False)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from biote_esm2 import Esm2TEForMaskedLM
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
 from biote.runtime.verify import NOISE_FACTOR, relative_l2
+from biote_esm2 import Esm2TEForMaskedLM
 
 # te.TransformerLayer warns of its own ways of calling TE's attention
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -86,8 +86,9 @@ def test_the_readme_commands_run(tmp_path, hub_cache):
 @pytest.mark.hub
 def test_a_published_checkpoint_equals_the_original():
     import torch
-    from biote_esm2 import Esm2TEForMaskedLM, build_tokenizer
     from transformers import EsmForMaskedLM
+
+    from biote_esm2 import Esm2TEForMaskedLM, build_tokenizer
 
     name = "facebook/esm2_t6_8M_UR50D"
     ids = build_tokenizer()(["MKTAYIAKQRQISFVKSHFSRQ"], return_tensors="pt")["input_ids"]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from biote_esm2 import Esm2TEConfig, Esm2TEForMaskedLM, Esm2TEModel
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from biote.runtime.cuda_graphs import MAX_GRAPHS
 from biote.runtime.verify import relative_l2
+from biote_esm2 import Esm2TEConfig, Esm2TEForMaskedLM, Esm2TEModel
 
 pytestmark = pytest.mark.gpu
 SHAPE = {

@@ -1,7 +1,13 @@
-"""Losses, dropout of heads and transformers' Trainer, on tiny ESM-2 models."""
+"""Losses, dropout of heads, and transformers' Trainer, on one GPU, several, or none."""
+
+import inspect
 
 import pytest
 import torch
+from transformers import EsmConfig, EsmForSequenceClassification, Trainer, TrainingArguments
+from transformers.utils.generic import find_labels
+
+from biote.testing.contract import randomize
 from biote_amplify import AmplifyTEConfig, AmplifyTEModel
 from biote_esm2 import (
     Esm2TEConfig,
@@ -10,8 +16,6 @@ from biote_esm2 import (
     Esm2TEForTokenClassification,
     convert_hf_to_te,
 )
-from peft import LoraConfig, get_peft_model
-from transformers import EsmConfig, EsmForSequenceClassification, Trainer, TrainingArguments
 
 SHAPE = {
     "vocab_size": 33, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
@@ -91,21 +95,85 @@ def test_trainer_accumulates_gradients_like_one_large_batch(tmp_path):
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's affair
-def test_lora_on_the_weights_of_fused_layers():
-    torch.manual_seed(0)
-    model = Esm2TEForMaskedLM(Esm2TEConfig(**SHAPE, engine="torch")).eval()
-    before = model(IDS).logits
-    weights = ["attention.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
-    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_parameters=weights)).eval()
-    with_adapters = adapted(IDS).logits
-    assert not torch.allclose(with_adapters, before, atol=1e-3)
-    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, with_adapters)
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"])
+def test_no_norm_and_no_bias_is_decayed(tiny, auto, tmp_path):
+    """By the Trainer's rule, which goes by class and name; what is left is every table and matrix."""
+    model = tiny.model(auto)
+    arguments = TrainingArguments(tmp_path, weight_decay=0.5, report_to=[], use_cpu=tiny.device == "cpu")
+    decayed, others = Trainer(model, arguments).create_optimizer().param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+    assert {id(parameter) for parameter in decayed["params"]} == {id(p) for p in model.parameters() if p.dim() > 1}
 
 
-@pytest.mark.parametrize("layer", ["qkv", "fc1", "fc2"])
-def test_lora_around_a_fused_layer_is_refused(layer):
-    """It would see the input of the norm or of the activation, not of the product."""
-    model = Esm2TEForMaskedLM(Esm2TEConfig(**SHAPE, engine="torch"))
-    with pytest.raises(ValueError, match="is not supported"):
-        get_peft_model(model, LoraConfig(target_modules=[layer]))
+def test_trainer_reads_the_arguments_of_forward(tiny):
+    """It drops columns that forward does not name; only a model with a loss names labels."""
+    lists = {auto: list(inspect.signature(tiny.port.classes[auto].forward).parameters) for auto in tiny.port.classes}
+    bare = lists.pop("AutoModel")
+    for names in lists.values():
+        assert find_labels(tiny.port.classes["AutoModelForMaskedLM"]) == ["labels"]
+        assert names == [*bare, "labels"]
+    assert {"input_ids", "attention_mask", "cu_seq_lens_q", "max_length_q", "return_dict"} <= set(bare)
+    assert find_labels(tiny.port.classes["AutoModel"]) == []
+    with pytest.raises(TypeError, match="has no loss: leave labels out"):
+        tiny.model("AutoModel")(**tiny.batch())
+
+
+def replicas(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy as DataParallel makes them, whose weights are plain attributes: it has no parameters."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        copied._modules = {name: child and copies[child] for name, child in module._modules.items()}
+        copied._parameters = {}
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter.detach().clone())
+    return copies[model]
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForTokenClassification"])
+def test_a_replica_of_dataparallel_computes_the_same(tiny, auto):
+    model = tiny.model(auto)
+    replica = replicas(model)
+    assert not list(replica.parameters())
+    batch = {key: tensor for key, tensor in tiny.batch().items() if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(replica(**batch)[0], model(**batch)[0])
+        bounds = torch.tensor([0, 5], device=tiny.device)
+        with pytest.raises(RuntimeError, match=r"DataParallel.* cannot run packed input: .*torchrun.*CUDA_VISIBLE"):
+            replica(batch["input_ids"][:1, :5], cu_seq_lens_q=bounds)
+
+
+@pytest.mark.gpu
+@pytest.mark.fp8
+def test_a_replica_with_quantised_layers_says_what_to_do(on_te):
+    model = on_te.model(layer_precision="fp8")
+    with pytest.raises(RuntimeError, match=r"DataParallel.* cannot run layer_precision='fp8': .*torchrun"):
+        replicas(model)(**on_te.batch())
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Was asked to gather along dimension 0:UserWarning")  # of scalar losses
+@pytest.mark.parametrize("engine", ["te", "torch"])
+def test_a_plain_trainer_on_two_gpus(port, engine, tmp_path):
+    """It wraps the model in DataParallel: the same weights after a step as by one GPU, from rows of equal length."""
+    rows = torch.randint(5, 24, (4, 16), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for wrapped in (True, False):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+        config = port.config_class(**shape, vocab_size=40, engine=engine)
+        model = randomize(port.classes["AutoModelForMaskedLM"](config), 0, 0.2).to("cuda:0", torch.bfloat16)
+        arguments = TrainingArguments(
+            tmp_path, per_device_train_batch_size=2 if wrapped else 4, max_steps=1, optim="sgd", learning_rate=1.0,
+            report_to=[], save_strategy="no", disable_tqdm=True, seed=0, max_grad_norm=0.0,
+        )  # fmt: skip
+        if not wrapped:
+            arguments._n_gpu = 1
+        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+        assert (trainer.args.n_gpu > 1) == wrapped
+        trainer.train()
+        weights.append(torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()]))
+    fresh = randomize(port.classes["AutoModelForMaskedLM"](config), 0, 0.2).to("cuda:0", torch.bfloat16)
+    before = torch.cat([parameter.detach().double().flatten() for parameter in fresh.parameters()])
+    two, one = (after - before for after in weights)
+    assert float((two - one).norm() / one.norm()) < 0.1

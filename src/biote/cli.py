@@ -1,29 +1,28 @@
-"""The command line: `biote list | env | convert | export | verify`. Errors are one line, exit status 1."""
+"""The command line: `biote list | env | convert | export | verify`. Errors are one line, exit status 1.
 
+Commands import what they need when they run: torch and transformers take seconds, which `biote --help` need not.
+"""
+
+import os
 import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 from safetensors import SafetensorError
-from transformers.utils.logging import disable_progress_bar
 
-from .convert import convert_folder, locate
-from .export import export as export_folder
-from .export import verify_isolated
-from .port import installed_ports
-from .runtime.engine import why_not_te
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 console = Console()
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="a tag (see `biote list`), a Hub id, or a folder")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="a folder that does not exist yet")]
@@ -39,6 +38,8 @@ ShardSize = Annotated[
 @app.command("list")
 def list_ports() -> None:
     """Show the ports installed, their tags and formats."""
+    from .port import installed_ports
+
     tag_column = Column("tag", no_wrap=True)  # whole, it is there to be typed
     table = Table(
         Column("port", no_wrap=True),
@@ -55,6 +56,10 @@ def list_ports() -> None:
 @app.command()
 def env() -> None:
     """Show versions, the device, and which engine a model would get here."""
+    import torch
+
+    from .runtime.engine import why_not_te
+
     table = Table("what", "here")
     table.add_row("python", platform.python_version())
     for package in ("biote", "torch", "transformers", "safetensors", "huggingface_hub", "transformer_engine"):
@@ -77,6 +82,8 @@ def convert(
     max_shard_gb: ShardSize = 5.0,
 ) -> None:
     """Convert a checkpoint's weights and config from one layout to another."""
+    from .convert import convert_folder, locate
+
     convert_folder(
         locate(source, revision, subfolder), destination, to,
         port_name=port, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9),
@@ -96,6 +103,8 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="REPO_ID", help="upload to this Hub repository")] = None,
 ) -> None:
     """Make a self-contained Hub folder, verified where biote cannot be imported."""
+    from .export import export as export_folder
+
     export_folder(
         source, destination, port_name=port, revision=revision, subfolder=subfolder,
         dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9), push=push,
@@ -106,6 +115,8 @@ def export(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="an exported folder")]) -> None:
     """Check an exported folder against its golden values, where biote cannot be imported."""
+    from .export import verify_isolated
+
     verify_isolated(folder)
     print(f"{folder} reproduces the original")
 
@@ -121,6 +132,8 @@ def port_export(port_name: str) -> typer.Typer:
         push: Annotated[str | None, typer.Option(metavar="REPO_ID", help="upload to this Hub repository")] = None,
     ) -> None:
         """Convert, bundle and verify an original checkpoint."""
+        from .export import export as export_folder
+
         export_folder(source, output, port_name=port_name, push=push)
 
     return command
@@ -133,16 +146,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def _dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
     if name is not None and name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
-    return DTYPES[name] if name else None
+    return getattr(torch, name) if name else None
 
 
 def run(command: Callable[[], None]) -> None:
     """Run a command line; an expected error becomes one line on stderr and exit status 1."""
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     try:
         command()
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from biote_amplify import AMPLIFY, AMPLIFYConfig
-from biote_amplify.convert import PORT
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from biote.testing.contract import Case, randomize
+from biote_amplify import AMPLIFY, AMPLIFYConfig
+from biote_amplify.convert import PORT
 
 PAD, MASK, BOS, EOS = 0, 2, 3, 4
 LENGTHS = (19, 7, 12, 3)

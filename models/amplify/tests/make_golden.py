@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from biote_amplify.convert import PORT
 from conftest import make_original
 
 from biote.golden import capture
 from biote.runtime.verify import GOLDEN_FILE
+from biote_amplify.convert import PORT
 
 SEED = 2024
 

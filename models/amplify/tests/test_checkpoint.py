@@ -1,9 +1,9 @@
 import pytest
 import torch
-from biote_amplify import AmplifyTEForMaskedLM
-from biote_amplify.convert import PORT, read_config
 
 from biote.testing import contract
+from biote_amplify import AmplifyTEForMaskedLM
+from biote_amplify.convert import PORT, read_config
 
 AUTO = "AutoModelForMaskedLM"
 

@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from biote_amplify.convert import PORT, convert_te_to_hf, write_nvidia_config
-from biote_amplify.modeling_amplify import AMPLIFY
 from safetensors.torch import load_file
 
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
 from biote.testing import contract
+from biote_amplify.convert import PORT, convert_te_to_hf, write_nvidia_config
+from biote_amplify.modeling_amplify import AMPLIFY
 
 AUTO = "AutoModelForMaskedLM"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from biote_amplify import AMPLIFY, AmplifyTEForSequenceClassification, AmplifyTEForTokenClassification, AmplifyTEModel
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from biote_amplify.modeling_amplify import RMSNorm, SwiGLU, rotate, rotations
 
 AUTO = "AutoModelForMaskedLM"

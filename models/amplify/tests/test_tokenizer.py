@@ -1,6 +1,7 @@
 import pytest
-from biote_amplify import build_tokenizer
 from transformers import AutoTokenizer
+
+from biote_amplify import build_tokenizer
 
 BOS, EOS, UNK = 3, 4, 1
 

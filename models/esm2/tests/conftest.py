@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from biote_esm2.convert import HF_CLASSES, PORT
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
 from biote.testing.contract import Case, randomize
+from biote_esm2.convert import HF_CLASSES, PORT
 
 CLS, PAD, EOS, MASK, LABELS = 0, 1, 2, 32, 3
 LENGTHS = (19, 7, 12, 3)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from biote_esm2 import Esm2TEForMaskedLM
-from biote_esm2.convert import PORT
 
 from biote.testing import contract
+from biote_esm2 import Esm2TEForMaskedLM
+from biote_esm2.convert import PORT
 
 
 @pytest.mark.parametrize("auto", PORT.classes)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from biote_esm2 import Esm2TEForMaskedLM
-from biote_esm2.convert import PORT
 from safetensors.torch import load_file, save_file
 
 from biote.convert import convert_folder
 from biote.files import WEIGHTS
 from biote.testing import contract
+from biote_esm2 import Esm2TEForMaskedLM
+from biote_esm2.convert import PORT
 
 INV_FREQ = "rotary_embeddings.inv_freq"
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from biote_esm2.convert import PORT
 
 from biote.testing import contract
+from biote_esm2.convert import PORT
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

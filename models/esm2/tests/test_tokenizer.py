@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from biote_esm2.tokenizer import build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerBase
+
+from biote_esm2.tokenizer import build_tokenizer
 
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
 VOCABULARY = [

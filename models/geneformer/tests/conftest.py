@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from biote_geneformer.convert import HF_CLASSES, PORT
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
 from biote.testing.contract import Case, randomize
+from biote_geneformer.convert import HF_CLASSES, PORT
 
 PAD, MASK, CLS, EOS, LABELS = 0, 1, 2, 3, 3
 LENGTHS = (19, 7, 12, 3)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from biote_geneformer import GeneformerTEForMaskedLM, GeneformerTEForSequenceClassification
-from biote_geneformer.convert import PORT
 
 from biote.testing import contract
+from biote_geneformer import GeneformerTEForMaskedLM, GeneformerTEForSequenceClassification
+from biote_geneformer.convert import PORT
 
 
 @pytest.mark.parametrize("auto", PORT.classes)
@@ -41,8 +41,8 @@ def test_dropout_stands_where_the_original_has_it():
     model = dropping(hidden=0.3, attention=0.0)
     seen = {}
     first, second = model.model.layers
-    first.attention.qkv.register_forward_hook(lambda _, __, output: seen.update(embeddings=output[0]))
-    second.attention.qkv.register_forward_hook(lambda _, __, output: seen.update(later_norm=output[0]))
+    first.attention.qkv.register_forward_pre_hook(lambda _, given: seen.update(embeddings=given[0]))
+    second.attention.qkv.register_forward_pre_hook(lambda _, given: seen.update(later_norm=given[0]))
     first.mlp.register_forward_pre_hook(lambda _, given: seen.update(attention=given[1]))
     second.register_forward_pre_hook(lambda _, given: seen.update(feed_forward=given[1]))
     model.classifier.out_proj.register_forward_pre_hook(lambda _, given: seen.update(classifier=given[0]))

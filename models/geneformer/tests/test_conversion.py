@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
-from biote_geneformer import GeneformerTEForMaskedLM, GeneformerTEModel, convert_te_to_hf
-from biote_geneformer.convert import PORT, read_hf_config
 from safetensors.torch import load_file, save_file
 
 from biote.files import WEIGHTS
 from biote.testing import contract
+from biote_geneformer import GeneformerTEForMaskedLM, GeneformerTEModel, convert_te_to_hf
+from biote_geneformer.convert import PORT, read_hf_config
 
 
 @pytest.mark.parametrize("auto", PORT.classes)

@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 import torch
-from biote_geneformer import GeneformerTEForMaskedLM, cell_embeddings, gene_embeddings
 from transformers import BertModel
+
+from biote_geneformer import GeneformerTEForMaskedLM, cell_embeddings, gene_embeddings
 
 CELLS = [[2, 17, 9, 40, 1, 23, 3], [2, 9, 3], [2, 31, 17, 5, 30, 8, 12, 3]]
 

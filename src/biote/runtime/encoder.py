@@ -52,7 +52,7 @@ class EncoderModel(BiotePreTrainedModel):
     forward = without_labels(BiotePreTrainedModel.forward)
 
     def outputs(self, encoded: Encoded, labels: Tensor | None) -> BaseModelOutput:
-        """Last hidden state [B, S, N] (or packed [1, T, N]), after the final norm. hidden_states: `original_states`."""
+        """Last hidden state [B, S, N], or packed [1, T, N], after the final norm; hidden_states: `original_states`."""
         return BaseModelOutput(last_hidden_state=encoded.packing.unpack(encoded.last))
 
     def encode(self, tokens: Tokens, keep_states: bool, keep_attentions: bool) -> Encoded:
@@ -140,8 +140,8 @@ class EncoderModel(BiotePreTrainedModel):
         if packed or self.token_multiple > 1:
             what = "packed input" if packed else f"layer_precision={self.config.layer_precision!r}"
             raise RuntimeError(
-                f"DataParallel, which several visible GPUs make Trainer use, cannot run {what}: start one process a GPU "
-                "(torchrun --nproc-per-node N ...), or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+                f"DataParallel, which Trainer takes where it sees several GPUs, cannot run {what}: start one process "
+                "a GPU (torchrun --nproc-per-node N ...), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
 
     def _check_token_ids(self, tokens: Tensor) -> None:

@@ -26,9 +26,10 @@ class Layers(ABC):
     def add_norm(
         self, norm: nn.Module, x: Tensor, delta: Tensor | None, post_norm: bool, into: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x [T, N], delta [T, N] or None -> (stream, norm(x + delta)); the stream is the sum, or if post_norm the norm.
+        """x [T, N], delta [T, N] or None -> (stream, norm(x + delta)).
 
-        into: the product that alone reads the norm; an engine may quantise on its behalf.
+        The stream is the sum, or if post_norm the norm. into: the product that alone reads the norm; an engine may
+        quantise on its behalf.
         """
 
     @abstractmethod
@@ -46,10 +47,11 @@ class Layers(ABC):
         """
 
 
-def untouched(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
-    """Whether a module is exactly of one of these classes, and nobody wraps, parametrises or hooks it (or all modules).
+def untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a module is exactly of one of these classes, and nobody wraps, parametrises or hooks it.
 
-    A parametrised module has a class of its own; pruning and weight norm are hooks; offloading replaces `forward`.
+    A parametrised module has a class of its own; pruning and weight norm are hooks; offloading replaces `forward`;
+    global hooks touch every module.
     """
     return type(module) in classes and not (
         module._forward_hooks

@@ -56,7 +56,8 @@ class Linear(te.Linear, _AnyLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool):
         # TE builds on "cuda" unless told; follow torch's default device (meta during from_pretrained) instead,
         # told as a string, since TE compares it with "meta"
-        super().__init__(in_features, out_features, bias=bias, device=str(torch.empty(0).device))
+        here = str(torch.empty(0).device)
+        super().__init__(in_features, out_features, bias=bias, device=here)  # type: ignore[call-arg]
 
 
 class TeLayers(TorchLayers):
@@ -69,15 +70,16 @@ class TeLayers(TorchLayers):
         return Linear(in_features, out_features, bias)
 
     def add_norm(
-        self, norm: nn.Module, x: Tensor, delta: Tensor | None, post_norm: bool, into: nn.Module | None = None
+        self, norm: Any, x: Tensor, delta: Tensor | None, post_norm: bool, into: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
         if not _has_kernel(norm):
             return super().add_norm(norm, x, delta, post_norm, into)
-        weights: Any = (norm.weight, norm.bias if type(norm) is nn.LayerNorm else None, norm.eps)
-        quantizer = _input_quantizer(into)
+        weight, eps = norm.weight, norm.eps
+        bias = norm.bias if type(norm) is nn.LayerNorm else None
+        quantizer = None if into is None else _input_quantizer(into)
         if quantizer is not None:
-            return add_norm_quantised(x, delta, *weights, quantizer, post_norm)
-        return add_norm(x, delta, *weights, post_norm)
+            return add_norm_quantised(x, delta, weight, bias, eps, quantizer, post_norm)
+        return add_norm(x, delta, weight, bias, eps, post_norm)
 
     def activate(self, x: Tensor, activation: str, into: nn.Module) -> Tensor:
         if activation not in KERNELS:
@@ -100,18 +102,18 @@ class TeLayers(TorchLayers):
         return cudnn_attention(qkv, rotary, packing, dropout)
 
 
-def _has_kernel(norm: nn.Module) -> bool:
+def _has_kernel(norm: Any) -> bool:
     """Whether a norm is one that our kernel computes, which reads a norm without a bias as an RMS norm."""
     if not untouched(norm, nn.LayerNorm, nn.RMSNorm) or norm.weight is None or norm.eps is None:
         return False
     return type(norm) is nn.RMSNorm or norm.bias is not None
 
 
-def _input_quantizer(linear: nn.Module | None) -> Float8Quantizer | None:
+def _input_quantizer(linear: Any) -> Float8Quantizer | None:
     """The delayed-scaling quantizer of a product's input, in inference, once TE has made it: a kernel may use it."""
     if not FP8GlobalStateManager.is_fp8_enabled() or torch.is_grad_enabled():
         return None
-    if not isinstance(linear, Linear) or linear.training or not untouched(linear, Linear):
+    if linear.training or not untouched(linear, Linear):
         return None
     made = linear.quantizers["scaling_fwd"]
     return made[0] if len(made) and isinstance(made[0], Float8Quantizer) else None

@@ -35,7 +35,8 @@ class TorchLayers(Layers):
         self, qkv: Tensor, made_by: nn.Module, rotary: Rotary | None, packing: Packing, dropout: float
     ) -> Tensor:
         tokens, surplus = len(packing.positions), len(qkv) - len(packing.positions)
-        context = _attend(*(x[:tokens] for x in queries_keys_values(qkv, rotary)), packing, dropout)
+        q, k, v = (x[:tokens] for x in queries_keys_values(qkv, rotary))
+        context = _attend(q, k, v, packing, dropout)
         return F.pad(context, (0, 0, 0, 0, 0, surplus)) if surplus else context
 
 

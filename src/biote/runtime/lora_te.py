@@ -4,7 +4,7 @@ from typing import Any
 
 
 def explain_quantised_layers() -> None:
-    """Make peft's refusals of TransformerEngine layers (DoRA, merging) end in what to do. Nothing where peft is not."""
+    """Make peft's refusals of TransformerEngine layers (DoRA, merging) end in what to do, where peft is installed."""
     try:
         from peft.tuners.lora import te as lora
     except ImportError:
@@ -15,7 +15,7 @@ def explain_quantised_layers() -> None:
     class TeLinear(_Explained, lora.TeLinear):
         __doc__ = lora.TeLinear.__doc__
 
-    lora.TeLinear = TeLinear
+    lora.TeLinear = TeLinear  # type: ignore[misc]
 
 
 class _Explained:
@@ -25,7 +25,9 @@ class _Explained:
         try:
             super().__init__(*arguments, **named)
         except ValueError as error:
-            raise ValueError(f"{error} {ADVICE}") from error
+            if "does not support" not in str(error):
+                raise
+            raise ValueError(f"{error}. {ADVICE}") from error
 
     def merge(self, *arguments: Any, **named: Any) -> None:
         raise NotImplementedError(f"quantised layers cannot be merged with. {ADVICE}")

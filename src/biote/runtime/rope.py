@@ -23,7 +23,8 @@ class Rotary(NamedTuple):
 
     def padded(self, surplus: int) -> "Rotary":
         """With `surplus` more tokens, which turn queries and keys to zero."""
-        return Rotary(*(F.pad(x, (0, 0, 0, surplus)) for x in (self.cos, self.sin)), self.pairs)
+        rows = (0, 0, 0, surplus)
+        return Rotary(F.pad(self.cos, rows), F.pad(self.sin, rows), self.pairs)
 
 
 def inverse_frequencies(head_dim: int, base: float) -> Tensor:

@@ -49,6 +49,7 @@ class Embeddings(nn.Module):
         """Embeddings [T, N]; those that the caller made are used as they are."""
         if tokens.embeds is not None:
             return tokens.embeds
+        assert tokens.ids is not None
         x = self.word_embeddings(tokens.ids)
         if self.mask_token_id is None:
             return x
