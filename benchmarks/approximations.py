@@ -50,7 +50,7 @@ def rows(device: str) -> Iterator[dict[str, Any]]:
         reference = outputs_of(original.to(device), *inputs, contacts=False)
         for variant, (gelu, recompute) in VARIANTS.items():
             ours = convert_hf_to_te(original, engine="torch", hidden_act=gelu).to(device).eval()
-            rotary = ours.model.rotary
+            rotary = ours.model.rotary[0]
             if recompute:
                 rotary.inv_freq.copy_(inverse_frequencies(rotary.head_dim, rotary.base))
             found = outputs_of(ours, *inputs, contacts=False)

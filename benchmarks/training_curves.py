@@ -158,7 +158,7 @@ class MixedPrecision:
 
     def __init__(self, model: Any, dtype: torch.dtype):
         self.masters = [nn.Parameter(weight.detach().clone()) for weight in model.parameters()]
-        rotary = model.base_model.rotary_embeddings if isinstance(model, EsmForMaskedLM) else model.model.rotary
+        rotary = model.base_model.rotary_embeddings if isinstance(model, EsmForMaskedLM) else model.model.rotary[0]
         frequencies = rotary.inv_freq.clone()
         model.to(dtype)
         rotary.inv_freq = frequencies  # in float32 for all: the original's would be rounded with its weights

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from biote.runtime.rope import RotaryEmbedding
+from biote.runtime.rope import Rotary, RotaryEmbedding
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -61,13 +61,14 @@ def test_add_norm_of_a_post_norm_block(dtype):
     assert relative(norm, plain(*(x.double() for x in low))[0]) < TOLERANCE[dtype]
 
 
-def turned(qkv, cos, sin, scale, pairs):
+def turned(qkv, rotary, scale):
     """Queries and keys turned as complex numbers, [T, H, 3, D] in float64."""
-    turn = torch.polar(torch.ones_like(cos.double()), torch.atan2(sin.double(), cos.double()))[:, None, None]
+    cos, sin = rotary.cos.double(), rotary.sin.double()
+    turn = torch.polar(torch.ones_like(cos), torch.atan2(sin, cos))[:, None, None]
     factor = torch.tensor([scale, 1.0], device=qkv.device)[:, None]
     half = qkv.shape[-1] // 2
     rotated = qkv[:, :, :2]
-    if pairs:
+    if rotary.pairs:
         z = torch.complex(rotated[..., ::2], rotated[..., 1::2]) * factor * turn
         rotated = torch.view_as_real(z).flatten(-2)
     else:
@@ -85,13 +86,13 @@ def relative(found, reference):
 def test_rotation(dtype, pairs):
     from biote.runtime.kernels_te import rotate_in_place
 
-    cos, sin = RotaryEmbedding(D, 10000.0).cuda()(torch.arange(T, device="cuda"))
+    rotary = RotaryEmbedding(D, 10000.0, pairs).cuda()(torch.arange(T, device="cuda"))
     qkv, grad = randn(T, H, 3, D).to("cuda", dtype), randn(T + 1, H, 3, D)[1:].to("cuda", dtype)
     exact = qkv.double().requires_grad_()
-    expected = turned(exact, cos, sin, 0.3, pairs)
+    expected = turned(exact, rotary, 0.3)
     (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
-    rotate_in_place(qkv, cos, sin, 0.3, pairs)
-    rotate_in_place(grad, cos, sin, 0.3, pairs, backward=True)
+    rotate_in_place(qkv, rotary, 0.3)
+    rotate_in_place(grad, rotary, 0.3, backward=True)
     assert relative(qkv, expected) < TOLERANCE[dtype]
     assert relative(grad, expected_grad) < TOLERANCE[dtype]
 
@@ -105,16 +106,16 @@ def test_rotary_attention(dtype, pairs):
     lengths, surplus = [40, 1, 30], 6
     bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     positions = torch.cat([torch.arange(n) for n in (*lengths, surplus)]).cuda()
-    rotary = RotaryEmbedding(D, 10000.0).cuda()(positions)
+    rotary = RotaryEmbedding(D, 10000.0, pairs).cuda()(positions)
     qkv = (2 * randn(T, H, 3, D)).to("cuda", dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    rope = "pairs" if pairs else "half"
     packing, tokens = Packing(bounds, 40, positions, (1, T), None), sum(lengths)
-    found = cudnn_attention(qkv * 1, rotary, packing, 0.0, rope)
+    found = cudnn_attention(qkv * 1, rotary, packing, 0.0)
     with torch.no_grad():
-        by_flash = flash_attention((qkv * 1)[:tokens], tuple(x[:tokens] for x in rotary), packing, rope)
+        few = Rotary(rotary.cos[:tokens], rotary.sin[:tokens], pairs)
+        by_flash = flash_attention((qkv * 1)[:tokens], few, packing)
     pieces = []
-    for piece in turned(exact, *rotary, D**-0.5, pairs)[:tokens].split(lengths):
+    for piece in turned(exact, rotary, D**-0.5)[:tokens].split(lengths):
         q, k, v = piece.unbind(2)
         pieces.append(torch.einsum("hlm,mhd->lhd", torch.einsum("lhd,mhd->hlm", q, k).softmax(-1), v))
     expected = torch.cat(pieces)
@@ -139,7 +140,7 @@ def test_dropout_of_attention():
 
     def attend(qkv):
         torch.manual_seed(3)
-        return cudnn_attention(qkv * 1, None, Packing(bounds, 24, positions, (1, 41), None), 1 - kept, "none")
+        return cudnn_attention(qkv * 1, None, Packing(bounds, 24, positions, (1, 41), None), 1 - kept)
 
     qkv = randn(41, H, 3, D).to("cuda", torch.bfloat16).requires_grad_()
     units = qkv.detach().clone()
