@@ -62,6 +62,8 @@ class Linear(StandIn):
         self.use_bias, self.in_features, self.out_features = bias, in_features, out_features
         biases = {"bias": (out_features,)} if bias else {}
         self.own(device, params_dtype, weight=(out_features, in_features), **biases)
+        if not bias:
+            self.bias = torch.empty(0)  # as TransformerEngine has it
 
 
 class NotQuantised:
@@ -265,13 +267,15 @@ def test_layout_of_a_block(te: str) -> None:
 def test_a_quantised_product_is_a_linear_to_everyone(te: str) -> None:
     """To peft too, which looks for te.Linear and for nn.Linear; and it has the parameters of one, nothing else."""
     linear = layers_of("te").linear
-    with torch.device("meta"):
-        quantised, plain = linear(8, 6, bias=True, quantised=True), linear(8, 6, bias=True, quantised=False)
-    assert isinstance(quantised, sys.modules[TE_NAME].Linear)
-    assert isinstance(quantised, nn.Linear)
-    assert quantised.state_dict().keys() == plain.state_dict().keys()
-    assert {x.device.type for x in quantised.parameters()} == {"meta"}
-    assert (quantised.in_features, quantised.out_features) == (8, 6)
+    for bias in (True, False):
+        with torch.device("meta"):
+            quantised, plain = linear(8, 6, bias=bias, quantised=True), linear(8, 6, bias=bias, quantised=False)
+        assert isinstance(quantised, sys.modules[TE_NAME].Linear)
+        assert isinstance(quantised, nn.Linear)
+        assert quantised.state_dict().keys() == plain.state_dict().keys()
+        assert (quantised.bias is None) == (plain.bias is None)
+        assert {x.device.type for x in quantised.parameters()} == {"meta"}
+        assert (quantised.in_features, quantised.out_features) == (8, 6)
 
 
 NORMS = {

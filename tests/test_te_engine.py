@@ -22,8 +22,12 @@ SHAPE = {
 
 
 def build(cls=Esm2TEForMaskedLM, **fields):
+    """The same weights for whatever fields: constructors of different layers draw differently."""
     torch.manual_seed(0)
-    return cls(Esm2TEConfig(**{**SHAPE, **fields})).to("cuda", torch.bfloat16).eval()
+    state = cls(Esm2TEConfig(**SHAPE)).state_dict()
+    model = cls(Esm2TEConfig(**{**SHAPE, **fields}))
+    model.load_state_dict(state)
+    return model.to("cuda", torch.bfloat16).eval()
 
 
 def packed(*lengths, seed=0):
