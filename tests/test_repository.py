@@ -1,9 +1,12 @@
 """What holds for the repository as a whole: its layout, its rules, and the commands its README shows."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -16,6 +19,7 @@ MODELS = sorted(path.parent for path in ROOT.glob("models/*/pyproject.toml"))
 FILES = [
     "Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "model_readme.md", "export.py", "LICENSE",
     "src/{name}/__init__.py", "src/{name}/{name}_te.py", "src/{name}/convert.py", "src/{name}/tokenizer.py",
+    "src/{name}/py.typed",
     "tests/conftest.py", "tests/make_golden.py", "tests/golden/golden_values.safetensors",
     "tests/test_golden_values.py", "tests/test_conversion.py", "tests/test_checkpoint.py",
 ]  # fmt: skip
@@ -28,11 +32,70 @@ def test_every_model_has_the_same_files(model):
     assert model.name in installed_ports()
 
 
+def test_every_model_imports_under_a_name_of_its_own():
+    """`geneformer` is also the original's package; the folder keeps the name, the import has a prefix."""
+    for model in MODELS:
+        settings = tomllib.loads((model / "pyproject.toml").read_text())
+        name = f"biote_{model.name}"
+        assert settings["tool"]["setuptools"]["package-dir"] == {name: f"src/{model.name}"}
+        assert installed_ports()[model.name].package == name
+        assert importlib.util.find_spec(name).origin == str(model / "src" / model.name / "__init__.py")
+        assert importlib.util.find_spec(model.name) is None, "or the original's package is installed here"
+
+
 def test_every_model_is_type_checked():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
-    sources = {f"models/{model.name}/src" for model in MODELS}
-    assert sources <= set(settings["files"])
-    assert sources <= set(settings["mypy_path"].split(":"))
+    assert {"biote", *(f"biote_{model.name}" for model in MODELS)} <= set(settings["packages"])
+    assert "ignore_missing_imports" not in settings, "a port that mypy cannot find would become Any"
+
+
+def test_a_wrong_type_in_a_port_fails_lint(tmp_path):
+    """mypy as `make lint` runs it, with a copy of a port in the place of the port."""
+    port = shutil.copytree(ROOT / "models" / "esm2" / "src" / "esm2", tmp_path / "biote_esm2")
+    command = [sys.executable, "-m", "mypy", "-p", "biote_esm2"]
+    environment = {**os.environ, "MYPYPATH": str(tmp_path)}
+    right = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert right.returncode == 0, right.stdout + right.stderr
+    with (port / "tokenizer.py").open("a") as file:
+        file.write("\nwrong: int = build_tokenizer()\n")
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "Incompatible types in assignment" in found.stdout
+
+
+def test_help_comes_at_once():
+    """Within half a second, the best of a few runs; neither torch nor transformers is imported for it."""
+    code = "import sys, biote.cli; print(*{'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    for command in (["-m", "biote.cli", "--help"], ["-c", "import biote"]):
+        seconds = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *command], capture_output=True, check=True)
+            seconds.append(time.perf_counter() - begun)
+        assert min(seconds) < 0.5, command
+
+
+def test_wheels_hold_the_packages_whole(tmp_path):
+    """What pip builds of core and ports, without the checkout, imports and finds its ports."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    skip = shutil.ignore_patterns("tests", "golden", "*.egg-info", "build", "__pycache__")
+    for folder in ("src", "models"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    models = [str(source / "models" / model.name) for model in MODELS]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", *offline, "--target", str(site)]
+    subprocess.run([*install, str(source), *models], check=True, capture_output=True)
+    for package in ("biote", *(f"biote_{model.name}" for model in MODELS)):
+        assert (site / package / "py.typed").is_file()
+    code = "import biote, biote.port; print(biote.__file__, *sorted(biote.port.installed_ports()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.split() == [str(site / "biote" / "__init__.py"), *sorted(model.name for model in MODELS)]
 
 
 def test_the_core_knows_no_model():
@@ -44,7 +107,7 @@ def test_the_core_knows_no_model():
 
 def test_a_model_imports_only_the_runtime_and_no_other_model():
     for model in MODELS:
-        others = [other.name for other in MODELS if other != model]
+        others = [f"biote_{other.name}" for other in MODELS if other != model]
         for path in model.glob("src/**/*.py"):
             imported = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(), flags=re.M)
             assert not {name.split(".")[0] for name in imported} & set(others)

@@ -59,7 +59,7 @@ class Linear(te.Linear, _AnyLinear):
         here = str(torch.empty(0).device)
         super().__init__(in_features, out_features, bias=bias, device=here)  # type: ignore[call-arg]
         if not bias:
-            self.bias = None  # where TE has an empty tensor, and nn.Linear None
+            self.bias: Any = None  # where TE has an empty tensor, and nn.Linear None
 
 
 class TeLayers(TorchLayers):
