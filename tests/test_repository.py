@@ -141,6 +141,17 @@ def test_the_readme_loads_a_model(tmp_path, hub_cache):
     run_as_newcomer([sys.executable, "-W", "error", "-"], code, tmp_path, hub_cache)
 
 
+def test_the_readmes_lora_adapts_every_product(tmp_path, hub_cache):
+    code = (
+        readme_block("python", "from_original")
+        + readme_block("python", "get_peft_model")
+        + "names = {name.rsplit('.', 1)[1] for name, layer in model.named_modules() if hasattr(layer, 'lora_A')}\n"
+        + "assert names == {'qkv', 'proj', 'fc1', 'fc2'}, names\n"
+        + "model(**batch).logits.sum().backward()\n"
+    )
+    run_as_newcomer([sys.executable, "-W", "error", "-W", "ignore::FutureWarning", "-"], code, tmp_path, hub_cache)
+
+
 def test_the_readme_commands_run(tmp_path, hub_cache):
     run_as_newcomer(["bash", "-e"], readme_block("sh", "biote convert"), tmp_path, hub_cache)
     assert (tmp_path / "build" / "hub" / "README.md").is_file()
