@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from biote.runtime.lora_te import explain_quantised_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+pytestmark = [  # peft's own affairs
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
 PRODUCTS = ["qkv", "proj", "fc1", "fc2"]
 PATHS = ["attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2"]
 HEADS = {"esm2": {"lm_head.dense"}, "amplify": set(), "geneformer": {"lm_head.dense"}}

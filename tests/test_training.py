@@ -153,6 +153,25 @@ def test_a_replica_with_quantised_layers_says_what_to_do(on_te):
 
 @pytest.mark.multi_gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["te", "torch"])
+def test_a_model_on_the_second_gpu(port, engine):
+    """Kernels run where the tensors are, whatever the current device is."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    ids = torch.randint(5, 24, (3, 17), generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model = port.classes["AutoModelForMaskedLM"](port.config_class(**shape, vocab_size=40, engine=engine))
+        model = randomize(model, 0, 0.2).to(device, torch.bfloat16).eval()
+        output = model(ids.to(device), labels=ids.to(device))
+        output.loss.backward()
+        found.append([output.logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert torch.cuda.current_device() == 0
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(second.cpu(), first.cpu(), rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Was asked to gather along dimension 0:UserWarning")  # of scalar losses
 @pytest.mark.parametrize("engine", ["te", "torch"])
 def test_a_plain_trainer_on_two_gpus(port, engine, tmp_path):
