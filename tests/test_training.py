@@ -167,7 +167,7 @@ def test_a_model_on_the_second_gpu(port, engine):
         found.append([output.logits, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert torch.cuda.current_device() == 0
     for first, second in zip(*found, strict=True):
-        torch.testing.assert_close(second.cpu(), first.cpu(), rtol=0.02, atol=1e-3)
+        assert float((second.cpu() - first.cpu()).norm()) <= 0.02 * float(first.norm()), first.shape
 
 
 @pytest.mark.multi_gpu
