@@ -93,7 +93,7 @@ def main(
     console.rule("1  the original")
     original = locate(source) if source else build_original(tag, output / "original")
     console.print(f"{source or f'{tag}, random weights of seed {SEED}'} is in {original}")
-    console.rule("2  convert, export, verify where neither biote nor esm2 can be imported")
+    console.rule("2  convert, export, verify where neither biote nor its port can be imported")
     export(source or str(original), output / "exported", port_name=PORT.name)
     console.rule("3  convert back")
     convert_folder(output / "exported", output / "back", "hf")
