@@ -52,16 +52,8 @@ class Checkout:
 
     def __init__(self, root: Path, site: Path):
         models = sorted(str(path.parent) for path in root.glob("models/*/pyproject.toml"))
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-index",
-            "--no-deps",
-            "--no-build-isolation",
-        ]
+        offline = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+        install = [sys.executable, "-m", "pip", "install", *offline]
         subprocess.run([*install, "--target", str(site), str(root), *models], check=True)
         self.path = [str(site), str(root / "benchmarks")]
         self.modules: dict[str, Any] = {}
