@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from .files import CheckpointReader, new_folder, read_json, write_checkpoint
 from .mapping import Mapping, MappingError, Plan, Specs, refuse_nan
-from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
+from .port import TE, Json, ModelPort, find_tag, identify, port_of
 
 FIVE_GB = 5 * 10**9
 WANTED = [
@@ -125,10 +125,15 @@ class Conversion:
             theirs = {**written, **config_kwargs, "architectures": [form.architectures[auto]]}
         return ours, theirs, form.mapping(ours, theirs, auto)
 
-    @property
-    def target_config(self) -> Json:
-        """The config.json of the result."""
-        return self.config.to_diff_dict() if self.to == TE else self.their_config
+    def write_config(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """The config.json of the result; in our layout also the code that it names."""
+        if self.to == TE:
+            self.config.dtype = dtype or self.config.dtype
+            self.config.save_pretrained(folder)
+        else:
+            cast = {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+            text = json.dumps({**self.their_config, **cast}, indent=2, sort_keys=True)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def tensors(self, read: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Convert tensor by tensor; `read(keys)` gives the source's."""
@@ -198,10 +203,7 @@ def convert_into(
         console=Console(stderr=True), disable=quiet, transient=True,
     )  # fmt: skip
     write_checkpoint(folder, specs, tensors, max_shard_bytes)
-    target_config = dict(conversion.target_config)
-    if dtype:
-        target_config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(target_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    conversion.write_config(folder, dtype)
     if port.build_tokenizer is not None:
         port.build_tokenizer().save_pretrained(folder)
 
@@ -247,7 +249,9 @@ def load_original(
     """Load an original checkpoint into a port's class. A head that `cls` does not have is left behind."""
     folder = locate(source, revision, subfolder)
     config = read_json(folder / "config.json")
-    port = _port_of(cls)
+    port = port_of(cls)
+    if port is None:
+        raise ValueError(f"no installed port has the class {cls.__name__}")
     reader = CheckpointReader(folder)
     conversion = Conversion(port, reader.specs, config, TE, config_kwargs, str(folder))
     state = dict(conversion.tensors(reader.read))
@@ -258,13 +262,6 @@ def load_original(
     if device is None:
         device = "cuda" if model.base_model.engine == "te" else "cpu"
     return model.to(device)
-
-
-def _port_of(cls: type[PreTrainedModel]) -> ModelPort:
-    for port in installed_ports().values():
-        if cls in port.classes.values():
-            return port
-    raise ValueError(f"no installed port has the class {cls.__name__}")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from . import runtime
 from .convert import FIVE_GB, convert_folder, convert_into, locate
 from .files import CheckpointReader, new_folder, read_json
 from .golden import capture
 from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
 from .runtime.verify import GOLDEN_FILE
+from .runtime.verify import __file__ as VERIFIER
 
 REQUIREMENTS = """\
 torch>=2.11
@@ -51,9 +50,7 @@ def export(
         raise ValueError(
             f"{source} is in the {form!r} format, which has no original implementation here to verify against"
         )
-    template = port.directory / "model_readme.md"
-    if not template.is_file():
-        raise FileNotFoundError(f"{template} does not exist: a new port needs one, and export runs from a checkout")
+    card_template, licence = port.read_text("model_readme.md"), port.read_text("LICENSE")
     with new_folder(destination) as partial, tempfile.TemporaryDirectory() as scratch:
         original = folder
         if form == TE:
@@ -63,15 +60,15 @@ def export(
         if dtype:  # golden values are those of the original with the same rounded weights
             original = Path(scratch) / "rounded"
             convert_folder(partial, original, "hf")
-        _write_code(port, partial)
+        shutil.copy(VERIFIER, partial / "verify.py")
         provenance = _provenance(source, revision, subfolder)
         if dtype:
             provenance["rounded_to"] = str(dtype).removeprefix("torch.")
         capture(port, original, partial / GOLDEN_FILE, provenance)
-        shutil.copy(port.directory / "LICENSE", partial / "LICENSE")
+        (partial / "LICENSE").write_text(licence, encoding="utf-8")
         (partial / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
         checks = verify_isolated(partial)
-        _write_card(port, template, partial, provenance, checks, push)
+        _write_card(port, card_template, partial, provenance, checks, push)
     if push:
         api = HfApi()
         api.create_repo(push, exist_ok=True)
@@ -119,25 +116,8 @@ def _provenance(source: str, revision: str | None, subfolder: str | None) -> Jso
     return {"source": source, "subfolder": subfolder, "revision": revision}
 
 
-def _write_code(port: ModelPort, partial: Path) -> None:
-    """The model file and the runtime side by side, with relative imports, and the auto_map that points at them."""
-    module_name = port.config_class.__module__
-    model_file = Path(sys.modules[module_name].__file__ or "")
-    files = [*Path(runtime.__file__).parent.glob("*.py"), model_file]
-    for file in files:
-        if file.name != "__init__.py":
-            text = re.sub(
-                r"^from biote\.runtime\.(\w+) import", r"from .\1 import", file.read_text("utf-8"), flags=re.M
-            )
-            (partial / file.name).write_text(text, encoding="utf-8")
-    config = read_json(partial / "config.json")
-    classes = {"AutoConfig": port.config_class, **port.classes}
-    config["auto_map"] = {auto: f"{model_file.stem}.{cls.__name__}" for auto, cls in classes.items()}
-    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_card(
-    port: ModelPort, template: Path, partial: Path, provenance: Json, checks: list[Json], repo_id: str | None
+    port: ModelPort, template: str, partial: Path, provenance: Json, checks: list[Json], repo_id: str | None
 ) -> None:
     place = (provenance["source"], provenance["subfolder"])
     tag = next(
@@ -152,7 +132,7 @@ def _write_card(
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_str=template,
         title=f"{port.title} ({name}) on TransformerEngine",
         repo_id=repo_id or f"YOUR_NAME/{name}",
         provenance=provenance,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
+from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,6 @@ class ModelPort:
 
     build_tokenizer: None where the model reads no text.
     example_inputs: rows for golden values, as texts the tokenizer understands, or as token ids.
-    directory: the model's folder in the repository, which holds model_readme.md and LICENSE.
     """
 
     name: str
@@ -71,7 +71,6 @@ class ModelPort:
     tags: MappingABC[str, Checkpoint]
     build_tokenizer: Callable[[], PreTrainedTokenizerBase] | None
     example_inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
-    directory: Path
 
     def architectures(self, format_name: str) -> MappingABC[str, str]:
         """Class name by Auto class, for a foreign format or our own."""
@@ -81,6 +80,13 @@ class ModelPort:
 
     def model_type(self, format_name: str) -> str:
         return self.config_class.model_type if format_name == TE else self.formats[format_name].model_type
+
+    def read_text(self, name: str) -> str:
+        """A text that travels in the port's package: "LICENSE" or "model_readme.md"."""
+        file = resources.files(self.package) / name
+        if not file.is_file():
+            raise FileNotFoundError(f"the package {self.package} lacks {name}, which an export needs")
+        return file.read_text(encoding="utf-8")
 
     def example_batch(self) -> dict[str, Tensor]:
         """example_inputs as input_ids and attention_mask, int64 [B, S], right-padded."""
@@ -111,6 +117,13 @@ def port_named(name: str) -> ModelPort:
     if name not in ports:
         raise ValueError(f"unknown port {name!r}; installed: {', '.join(ports) or 'none (pip install -e models/...)'}")
     return ports[name]
+
+
+def port_of(cls: type) -> ModelPort | None:
+    """The port whose package defines a class, if any; the other ports are not imported."""
+    package = cls.__module__.partition(".")[0]
+    entries = (entry for entry in entry_points(group="biote.ports") if entry.module.partition(".")[0] == package)
+    return next((entry.load() for entry in entries), None)
 
 
 def find_tag(tag: str) -> tuple[ModelPort, Checkpoint] | None:

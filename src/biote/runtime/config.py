@@ -1,9 +1,11 @@
 """Fields that every port's configuration has."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from .activations import ACTIVATIONS
 from .engine import ENGINES
@@ -54,6 +56,24 @@ class EncoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.check()
         super().__post_init__(**kwargs)
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """As in transformers, which saves by this before it uploads; a config.json is joined by the code it names."""
+        path = Path(json_file_path)
+        if path.name == CONFIG_NAME:
+            self._write_code(path.parent)
+        super().to_json_file(path, use_diff)
+
+    def _write_code(self, folder: Path) -> None:
+        if type(self).__module__.startswith("transformers_modules."):  # a folder's own: transformers has copied it
+            if hasattr(self, "auto_map"):  # from the Hub it names the repository, where the code need not stay
+                self.auto_map = {auto: name.rpartition("--")[2] for auto, name in self.auto_map.items()}
+            return
+        try:
+            from biote.remote_code import write_code
+        except ImportError:
+            return
+        self.auto_map = write_code(type(self), folder) or getattr(self, "auto_map", {})
 
     def check(self) -> None:
         """ValueError for a field that no layer understands: from_pretrained sets its arguments after __post_init__."""

@@ -214,7 +214,6 @@ PORT = ModelPort(
     },
     build_tokenizer=build_tokenizer,
     example_inputs=("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLIEVQAPIL", "GSHMLE<mask>PQ"),
-    directory=Path(__file__).parents[2],
 )
 
 

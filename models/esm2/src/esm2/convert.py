@@ -263,7 +263,6 @@ PORT = ModelPort(
     tags={published[0]: _published(*published) for published in PUBLISHED},
     build_tokenizer=build_tokenizer,
     example_inputs=("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLIEVQAPIL", "GSHMLE<mask>PQ"),
-    directory=Path(__file__).parents[2],
 )
 
 

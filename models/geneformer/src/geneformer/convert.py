@@ -177,7 +177,6 @@ PORT = ModelPort(
     tags={tag: Checkpoint(REPOSITORY, PINNED, tag, **published) for tag, published in PUBLISHED.items()},
     build_tokenizer=None,
     example_inputs=((2, 17, 9, 40, 1, 23, 31, 12, 5, 3), (2, 8, 1, 30, 3)),
-    directory=Path(__file__).parents[2],
 )
 
 
