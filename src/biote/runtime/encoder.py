@@ -61,15 +61,17 @@ class EncoderModel(BiotePreTrainedModel):
             if tokens.ids is not None:
                 self._check_token_ids(tokens.ids)
                 if self._can_replay(tokens) and not (keep_states or keep_attentions):
-                    return Encoded(self.graphed(self._last_states, tokens.ids, tokens.packing), tokens.packing)
+                    last = self.graphed(self, self._last_states, tokens.ids, tokens.packing)
+                    if last is not None:
+                        return Encoded(last, tokens.packing)
             return self._run(tokens, keep_states, keep_attentions)
 
     def _can_replay(self, tokens: Tokens) -> bool:
         if not self.config.cuda_graphs or self.training or torch.is_grad_enabled() or hasattr(self, "_is_replica"):
             return False
         packing, words = tokens.packing, self.get_input_embeddings().weight
-        fits = packing.positions.is_cuda and len(packing.positions) <= MAX_TOKENS
-        return fits and words.dtype in (torch.float16, torch.bfloat16) and tokens.types is None
+        fits = packing.positions.is_cuda and len(packing.positions) <= MAX_TOKENS and tokens.types is None
+        return fits and words.dtype in (torch.float16, torch.bfloat16) and words.device == packing.positions.device
 
     def _last_states(self, token_ids: Tensor, packing: Packing) -> Tensor:
         return self._run(Tokens(packing, token_ids)).last
