@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import biote
 from biote.port import installed_ports
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +21,7 @@ MODELS = sorted(path.parent for path in ROOT.glob("models/*/pyproject.toml"))
 FILES = [
     "Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "model_readme.md", "export.py", "LICENSE",
     "src/{name}/__init__.py", "src/{name}/{name}_te.py", "src/{name}/convert.py", "src/{name}/tokenizer.py",
-    "src/{name}/py.typed",
+    "src/{name}/py.typed", "src/{name}/LICENSE", "src/{name}/model_readme.md",
     "tests/conftest.py", "tests/make_golden.py", "tests/golden/golden_values.safetensors",
     "tests/test_golden_values.py", "tests/test_conversion.py", "tests/test_checkpoint.py",
 ]  # fmt: skip
@@ -41,6 +43,25 @@ def test_every_model_imports_under_a_name_of_its_own():
         assert installed_ports()[model.name].package == name
         assert importlib.util.find_spec(name).origin == str(model / "src" / model.name / "__init__.py")
         assert importlib.util.find_spec(model.name) is None, "or the original's package is installed here"
+
+
+def test_core_and_ports_have_one_version():
+    for model in MODELS:
+        project = tomllib.loads((model / "pyproject.toml").read_text())["project"]
+        assert project["version"] == biote.__version__
+        assert f"biote=={biote.__version__}" in project["dependencies"]
+        extras = {name: [f"biote[{name}]=={biote.__version__}"] for name in ("te", "test")}
+        assert project["optional-dependencies"] == extras
+
+
+def test_every_model_has_the_same_dockerfile():
+    """But for its name: so that the base image, and the reason for it, stand in one place for all."""
+    texts = {(model / "Dockerfile").read_text().replace(model.name, "NAME") for model in MODELS}
+    assert len(texts) == 1
+    (text,) = texts
+    assert "docker build -t NAME_test . && docker run --rm -it --gpus all NAME_test pytest -v ." in text
+    (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", text, flags=re.M)
+    assert base in (ROOT / "models" / "README.md").read_text()
 
 
 def test_every_model_is_type_checked():
@@ -77,19 +98,22 @@ def test_help_comes_at_once():
 
 
 def test_wheels_hold_the_packages_whole(tmp_path):
-    """What pip builds of core and ports, without the checkout, imports and finds its ports."""
+    """What the README's pip command builds of core and ports, without the checkout, imports and finds its ports."""
     source, site = tmp_path / "source", tmp_path / "site"
     skip = shutil.ignore_patterns("tests", "golden", "*.egg-info", "build", "__pycache__")
     for folder in ("src", "models"):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    models = [str(source / "models" / model.name) for model in MODELS]
+    pip, verb, *packages = shlex.split(readme_block("sh", "pip install"))
+    assert (pip, verb, packages) == ("pip", "install", [".", *(f"./models/{model.name}" for model in MODELS)])
     offline = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
     install = [sys.executable, "-m", "pip", "install", "--quiet", *offline, "--target", str(site)]
-    subprocess.run([*install, str(source), *models], check=True, capture_output=True)
+    subprocess.run([*install, *packages], cwd=source, check=True, capture_output=True)
     for package in ("biote", *(f"biote_{model.name}" for model in MODELS)):
         assert (site / package / "py.typed").is_file()
+    for model in MODELS:
+        assert {"LICENSE", "model_readme.md"} <= {file.name for file in (site / f"biote_{model.name}").iterdir()}
     code = "import biote, biote.port; print(biote.__file__, *sorted(biote.port.installed_ports()))"
     found = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True,
@@ -155,6 +179,8 @@ def test_the_readmes_lora_adapts_every_product(tmp_path, hub_cache):
 def test_the_readme_commands_run(tmp_path, hub_cache):
     run_as_newcomer(["bash", "-e"], readme_block("sh", "biote convert"), tmp_path, hub_cache)
     assert (tmp_path / "build" / "hub" / "README.md").is_file()
+    code = readme_block("python", "trust_remote_code") + "assert tokenizer.vocab_size == model.config.vocab_size\n"
+    run_as_newcomer([sys.executable, "-W", "error", "-"], code, tmp_path, hub_cache)
 
 
 @pytest.mark.hub

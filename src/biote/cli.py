@@ -62,7 +62,8 @@ def env() -> None:
 
     table = Table("what", "here")
     table.add_row("python", platform.python_version())
-    for package in ("biote", "torch", "transformers", "safetensors", "huggingface_hub", "transformer_engine"):
+    table.add_row("torch", torch.__version__)
+    for package in ("biote", "transformers", "safetensors", "huggingface_hub", "transformer_engine"):
         table.add_row(package, _version(package))
     table.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     reason = why_not_te()
