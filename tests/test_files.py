@@ -3,10 +3,12 @@
 import errno
 import io
 import json
+import os
 import pickle
+import shutil
 import subprocess
-import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,17 @@ from torch import Tensor
 
 import biote.files
 from biote.convert import convert_folder
-from biote.files import INDEX, WEIGHTS, CheckpointReader, new_folder, read_json, write_checkpoint
+from biote.files import (
+    INDEX,
+    WEIGHTS,
+    CheckpointReader,
+    check_destination,
+    new_folder,
+    read_json,
+    save_tokenizer,
+    unchanged,
+    write_checkpoint,
+)
 from biote.mapping import MappingError
 
 State = dict[str, Tensor]
@@ -64,7 +76,7 @@ def names_in(folder: Path) -> list[str]:
 class FullDisk(io.FileIO):
     """A file on a disk with room for three writes."""
 
-    def __init__(self, path: Path, mode: str):
+    def __init__(self, path: Path, mode: str, buffering: int = -1):
         super().__init__(path, mode)
         self.room = 3
 
@@ -79,11 +91,10 @@ def test_new_folder_appears_when_done(tmp_path: Path) -> None:
     destination = tmp_path / "a" / "b"
     with new_folder(destination) as partial:
         (partial / "x").write_text("1")
-        assert partial.parent == destination.parent  # so that the last step is a rename within one file system
+        assert partial.parent.parent == destination.parent  # so that the last step is a rename in one file system
         assert not destination.exists()
     assert names_in(destination.parent) == ["b"]
     assert (destination / "x").read_text() == "1"
-    assert destination.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -111,7 +122,131 @@ def test_new_folder_leaves_nothing_behind(tmp_path: Path, error: type[BaseExcept
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"a": }', "\xff", "[1, 2]", "3", "null"])
+@pytest.fixture
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002], indirect=True)
+def test_new_folder_has_the_modes_that_the_umask_says(tmp_path: Path, umask: int) -> None:
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "sub").mkdir()
+        for name, mode in (("private", 0o600), ("open", 0o777), ("sub/read-only", 0o444)):
+            (partial / name).touch()
+            (partial / name).chmod(mode)
+    modes = {path.is_dir(): set() for path in (tmp_path, tmp_path / "out" / "open")}  # type: dict[bool, set[int]]
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        modes[path.is_dir()].add(path.stat().st_mode & 0o777)
+    assert modes == {True: {0o777 & ~umask}, False: {0o666 & ~umask}}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to see what a descriptor stands for")
+def test_new_folder_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(Path, "rename", lambda *names: (flushed.append("rename"), rename(*names)))
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (partial / name).write_text("1")
+    place = str(partial)
+    assert flushed == [f"{place}/sub/b", f"{place}/sub", f"{place}/a", place, "rename", str(tmp_path)]
+
+
+def cannot_be(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    return {
+        "link": (tmp_path / "link", "is a link that leads nowhere"),
+        "below a link": (tmp_path / "link" / "out", "link is not a folder"),
+        "below a file": (tmp_path / "file" / "sub" / "out", "file is not a folder"),
+        "long": (tmp_path / ("x" * 256), "File name too long"),
+        "long below": (tmp_path / "new" / ("x" * 256), "File name too long"),
+        "long parent": (tmp_path / ("x" * 256) / "out", "File name too long"),
+        "parent": (tmp_path / "new" / "..", "exists already"),
+        "in the source": (tmp_path / "source" / "sub" / "out", "inside the folder that is read"),
+        "in the source by a link": (tmp_path / "other name" / "out", "inside the folder that is read"),
+    }
+
+
+@pytest.mark.parametrize("name", cannot_be(Path()))
+def test_a_destination_that_cannot_be_is_found_out_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "source" / "sub").mkdir(parents=True)
+    (tmp_path / "other name").symlink_to(tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    path, message = cannot_be(tmp_path)[name]
+    with pytest.raises((OSError, ValueError), match=message), new_folder(path, tmp_path / "source"):
+        pytest.fail("the block must not run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "ä" * 127, "[a]*?", ".hidden", "lock", "new"])
+def test_any_name_that_the_disk_takes(tmp_path: Path, name: str) -> None:
+    for wanted in (tmp_path / name, tmp_path / "sub" / name):
+        with new_folder(wanted) as partial:
+            (partial / "x").touch()
+        assert names_in(wanted) == ["x"]
+    assert names_in(tmp_path) == sorted([name, "sub"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_destination_that_cannot_be_written_to(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for path in (small_disk / "out", small_disk / "new" / "out"):
+        with pytest.raises(PermissionError, match="disk cannot be written to"):
+            check_destination(path)
+
+
+def test_a_folder_that_another_made_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    for name, make in (("file", Path.touch), ("folder", Path.mkdir)):
+        with pytest.raises(FileExistsError, match="exists already"), new_folder(tmp_path / name):
+            make(tmp_path / name)
+    assert names_in(tmp_path) == ["file", "folder"]
+    assert names_in(tmp_path / "folder") == []
+
+
+def test_of_two_at_once_one_wins(tmp_path: Path) -> None:
+    """Neither takes the other's work for a leftover, and the one who comes last is told."""
+    said: list[str] = []
+    started = threading.Barrier(4)
+
+    def work(number: int) -> None:
+        try:
+            with new_folder(tmp_path / "deep" / "out") as partial:
+                (partial / "number").write_text(str(number))
+                started.wait()
+                assert (partial / "number").read_text() == str(number)
+            said.append(f"done {number}")
+        except FileExistsError as error:
+            said.append(str(error).removeprefix(str(tmp_path)))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    (winner,) = (line for line in said if line.startswith("done"))
+    assert winner == "done " + (tmp_path / "deep" / "out" / "number").read_text()
+    assert [line.split(";")[0] for line in said if line != winner] == ["/deep/out exists already"] * 3
+    assert names_in(tmp_path / "deep") == ["out"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": }', "\xff", "[1, 2]", "3", "null", "[" * 10**5, "9" * 5000])
 def test_read_json_refuses(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.json"):
@@ -196,6 +331,14 @@ def test_bytes_that_are_not_safetensors(tmp_path: Path, content: bytes) -> None:
 def test_dtype_that_is_not_supported(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"a has the dtype F8_E4M3, which is not supported"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**40, 2**40], [0, 2**63], [2**63, 0]])
+def test_a_shape_that_no_tensor_can_have(tmp_path: Path, shape: list[int]) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"which no tensor can have|not a safetensors file"):
         CheckpointReader(tmp_path)
 
 
@@ -293,6 +436,95 @@ def test_convert_on_a_full_disk_leaves_nothing(
     assert names_in(tmp_path) == ["fine"]
 
 
+class BrokenTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+
+def test_a_tokenizer_on_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="the tokenizer could not be written: No space left"):
+        save_tokenizer(BrokenTokenizer(), tmp_path)
+
+
+def test_convert_on_a_disk_full_at_any_point(original: Path, small_disk: Path) -> None:
+    """With room for 0, 1, 2, ... pages: the weights, config.json, the code and tokenizer.json are all cut off once."""
+    convert_folder(original, small_disk / "whole", "te")
+    needed = sum(-(-file.stat().st_size // 4096) for file in (small_disk / "whole").iterdir())
+    shutil.rmtree(small_disk / "whole")
+    failures = []
+    for pages in range(needed + 2):
+        with open(small_disk / "ballast", "wb") as ballast:
+            ballast.write(bytes(4096 * (256 - pages)))
+        try:
+            convert_folder(original, small_disk / "out", "te")
+            shutil.rmtree(small_disk / "out")
+        except OSError as error:
+            failures.append(str(error))
+        assert names_in(small_disk) == ["ballast"]
+        (small_disk / "ballast").unlink()
+    assert len(failures) >= needed
+    assert all("No space left on device" in failure for failure in failures)
+    assert any("tokenizer" in failure for failure in failures)
+
+
+def rewrite(file: Path) -> None:
+    """In place, as many bytes."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    with open(file, "r+b") as opened:
+        opened.write(content)
+
+
+def replace(file: Path) -> None:
+    copy = shutil.copy2(file, file.with_name("copy"))
+    os.replace(copy, file)
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1000 if file.suffix == ".safetensors" else 10)
+
+
+@pytest.mark.parametrize("change", [rewrite, replace, cut_short, Path.unlink])
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("moment", [0, 1, 5, -1])
+def test_a_source_that_changes_while_it_is_read(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, name: str, moment: int
+) -> None:
+    source = tmp_path / "source"
+    state = load_file(original / WEIGHTS)
+    source.mkdir()
+    shutil.copy(original / "config.json", source)
+    size = sum(tensor.nbytes for tensor in state.values())
+    write_checkpoint(source, specs_of(state), iter(state.items()), size * 2 // 3)
+    for file in source.iterdir():
+        os.utime(file, (0, 0))  # some file systems tell only times that are milliseconds apart
+    read = CheckpointReader.read
+    calls: list[Any] = []
+
+    def changing(self: CheckpointReader, keys: Iterable[str]) -> list[Tensor]:
+        if len(calls) == moment:
+            change(source / name)
+        calls.append(keys)
+        return read(self, keys)
+
+    monkeypatch.setattr(CheckpointReader, "read", changing)
+    if moment == -1:  # after the last tensor
+        monkeypatch.setattr("biote.convert.save_tokenizer", lambda *_: change(source / name))
+    with pytest.raises(RuntimeError, match=rf"{name} (changed|was cut short) while it was read"):
+        convert_folder(source, tmp_path / "out", "te")
+    assert names_in(tmp_path) == ["source"]
+    assert len(calls) > 5 or moment >= 0 or change is cut_short
+
+
+def test_what_is_not_read_may_change(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with unchanged(tmp_path):
+        (tmp_path / "optimizer.pt").touch()
+        (tmp_path / "trainer_state.json").touch()
+    with pytest.raises(RuntimeError, match=rf"{WEIGHTS} changed while"), unchanged(tmp_path):
+        (tmp_path / WEIGHTS).touch()
+
+
 def test_convert_interrupted_leaves_nothing(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = CheckpointReader.read
     calls: list[Any] = []
@@ -335,28 +567,3 @@ def test_padding_of_the_lowest_number_stays_finite_in_a_cast(
     bias = load_file(tmp_path / "nvidia" / WEIGHTS)["lm_head.decoder.bias"]
     assert bias.dtype == (dtype or torch.float32)
     assert set(bias[33:].tolist()) == {torch.finfo(bias.dtype).min}
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from biote.files import new_folder, write_checkpoint
-
-def tensors():
-    yield "a", torch.ones(1 << 20)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-specs = {key: torch.empty(1 << 20, device="meta") for key in "ab"}
-with new_folder(Path(sys.argv[1])) as partial:
-    write_checkpoint(partial, specs, tensors(), 1 << 30)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_in_mid_write_leaves_no_destination(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], check=False)
-    assert done.returncode == -9
-    (partial,) = tmp_path.iterdir()  # what was being written when it died
-    assert partial.name.startswith(".out.partial-")
-    assert (partial / WEIGHTS).stat().st_size >= 1 << 22

@@ -5,8 +5,11 @@ Commands import what they need when they run: torch and transformers take second
 
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -155,12 +158,45 @@ def _dtype(name: str | None) -> "torch.dtype | None":
     return getattr(torch, name) if name else None
 
 
+class _Stopped(BaseException):
+    """Raised where a signal arrives, so that what is being written is removed."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    last = -60.0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:  # `timeout` sends two, and the first one's cleaning up must come to its end
+            last = time.monotonic()
+            raise _Stopped(number)
+
+    names = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name, None) for name in names) if number}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup's
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(command: Callable[[], None]) -> None:
     """Run a command line; an expected error becomes one line on stderr and exit status 1."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     try:
-        command()
+        with _stopped_by_signals():
+            command()
+    except _Stopped as stopped:
+        print(f"error: stopped by {stopped.signal.name}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)

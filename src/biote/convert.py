@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .files import CheckpointReader, new_folder, read_json, write_checkpoint
+from .files import CheckpointReader, new_folder, read_json, save_tokenizer, unchanged, write_checkpoint
 from .mapping import Mapping, MappingError, Plan, Specs, refuse_nan
 from .port import TE, Json, ModelPort, find_tag, identify, port_of
 
@@ -168,7 +168,7 @@ def convert_folder(
     to: "te" or one of the port's foreign formats; between two foreign formats it goes by way of "te".
     dtype: None keeps each tensor's.
     """
-    with new_folder(destination) as partial:
+    with new_folder(destination, source) as partial, unchanged(source):
         convert_into(source, partial, to, port_name=port_name, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
@@ -189,8 +189,8 @@ def convert_into(
     if to == source_format:
         raise ValueError(f"{source} is in the {to!r} format already")
     if TE not in (to, source_format):
-        with new_folder(folder / "te") as between:
-            convert_into(source, between, TE, port_name=port.name, dtype=dtype)
+        (folder / "te").mkdir()
+        convert_into(source, folder / "te", TE, port_name=port.name, dtype=dtype)
         convert_into(folder / "te", folder, to, port_name=port.name, max_shard_bytes=max_shard_bytes)
         shutil.rmtree(folder / "te")
         return
@@ -205,7 +205,7 @@ def convert_into(
     write_checkpoint(folder, specs, tensors, max_shard_bytes)
     conversion.write_config(folder, dtype)
     if port.build_tokenizer is not None:
-        port.build_tokenizer().save_pretrained(folder)
+        save_tokenizer(port.build_tokenizer(), folder)
 
 
 def convert_model(port: ModelPort, model: PreTrainedModel, to: str, config_kwargs: Json) -> PreTrainedModel:

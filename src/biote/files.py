@@ -4,11 +4,14 @@ safetensors' own save_file wants a whole shard in memory; the writer here holds 
 specification: an 8-byte little-endian header length, a JSON header, then the tensors' bytes back to back.
 """
 
+import errno
+import glob
 import json
+import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED_BYTES = 2**25  # of a source, kept in memory at most before it is opened anew, which takes milliseconds
+LOCK = "lock"
 WRITE_BYTES = 2**20  # one write of a whole tensor takes Linux's page cache up to five times as long
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPE_NAMES = {
@@ -28,20 +36,179 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` that becomes `path` when the block ends well and is removed when it does not."""
+def new_folder(path: Path, source: Path | None = None) -> Iterator[Path]:
+    """Yield a folder that becomes `path`, flushed to the disk, when the block ends well; else nothing is left of it.
+
+    It is made in a hidden folder beside `path`. source: the folder that is read, which `path` may not be in.
+    """
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; remove it or choose another output folder")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+    check_destination(path, source)
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
     try:
-        partial.chmod(0o755)
-        yield partial
-        partial.rename(path)
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _refuse_existing(path)  # again: where its parent was missing, a name that is too long shows only now
+        with _workplace(path) as place:
+            partial = place / "new"
+            partial.mkdir()
+            yield partial
+            _settle(partial)
+            _publish(partial, path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
         raise
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is locked for the block and then removed."""
+    place = path.absolute().parent / f"{_prefix(path)}{secrets.token_hex(4)}"
+    lock = None
+    try:
+        lock = _hold(place)
+        yield place
+    finally:
+        _remove(place)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_destination(path: Path, source: Path | None = None) -> None:
+    """OSError or ValueError where no folder `path` can be made. What killed processes left beside it is removed."""
+    parent = path.absolute().parent
+    for left in parent.glob(f"{glob.escape(_prefix(path))}*"):
+        _remove_if_dead(left)
+    _refuse_existing(path)
+    existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be made: {existing} cannot be written to")
+    if source is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(source)):
+        raise ValueError(f"{path} is inside the folder that is read; choose an output folder outside {source}")
+
+
+def _refuse_existing(path: Path) -> None:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.name != "..":
+            return
+    reason = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else "exists already"
+    raise FileExistsError(f"{path} {reason}; remove it or choose another output folder")
+
+
+def _prefix(path: Path) -> str:
+    name = os.fsdecode(os.fsencode(path.name)[:100])  # a file's name may have 255 bytes
+    return f".{name}.partial-"
+
+
+def _hold(place: Path) -> int:
+    """Make the folder `place` and lock it: till the descriptor is closed, or this process dies in whatever way."""
+    while True:
+        place.mkdir(0o700, exist_ok=True)
+        with suppress(FileNotFoundError):  # another run took it for a dead one's, a moment ago
+            lock = os.open(place / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            _flock(lock, wait=True)
+            if os.path.samestat(os.fstat(lock), os.stat(place / LOCK)):
+                return lock
+            os.close(lock)
+
+
+def _remove_if_dead(place: Path) -> None:
+    try:
+        lock = os.open(place / LOCK, os.O_RDWR)
+    except OSError:
+        with suppress(OSError):  # empty where its process was killed between two steps; one that lives makes it anew
+            place.rmdir()
+        return
+    if _flock(lock, wait=False):
+        _remove(place)
+    os.close(lock)
+
+
+def _flock(lock: int, wait: bool) -> bool:
+    """Whether we hold it; False too where the file system has no locks, so that nobody's work is removed there."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _remove(place: Path) -> None:
+    """The lock last: as long as anything else is there, a later run can tell that its process is dead."""
+    with suppress(OSError):
+        for entry in place.iterdir():
+            if entry.name != LOCK:
+                shutil.rmtree(entry, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Give all files the mode that the umask says, as `folder` has it, and wait till they are on the disk."""
+    mode = folder.stat().st_mode & 0o777
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            file = Path(parent, name)
+            file.chmod(mode & 0o666)  # safetensors writes files for the user only; copies have the original's mode
+            _fsync(file)
+        os.chmod(parent, mode)
+        _fsync(Path(parent))
+
+
+def _publish(partial: Path, path: Path) -> None:
+    _refuse_existing(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        _refuse_existing(path)  # another run was a moment faster
+        raise
+    _fsync(path.absolute().parent)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """RuntimeError if config.json, the index or a weights file of `folder` is another after the block than before."""
+    before = _versions(folder)
+
+    def check() -> None:
+        after = _versions(folder)
+        changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+        if changed:
+            raise RuntimeError(f"{folder / changed[0]} changed while it was read; try again when nothing writes to it")
+
+    try:
+        yield
+    except Exception:
+        check()  # first, as what else is wrong may come of it
+        raise
+    check()
+
+
+def _versions(folder: Path) -> dict[str, tuple[int, int, int]]:
+    found = {}
+    for file in (folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")):
+        with suppress(OSError):
+            stat = file.stat()
+            found[file.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,7 +217,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
@@ -62,10 +229,8 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.file_of_key: dict[str, Path] = {}
+        self.places: dict[str, tuple[Path, int]] = {}  # the file, and where in it the tensor begins
         self.specs: dict[str, Tensor] = {}  # meta tensors
-        self.handles: dict[Path, Any] = {}
-        self.read_bytes = 0
         indexed = self._index()
         for file in dict.fromkeys(indexed.values()) if indexed else [folder / WEIGHTS]:
             self._add(file, {key for key, at in indexed.items() if at == file})
@@ -95,32 +260,35 @@ class CheckpointReader:
     def _add(self, file: Path, expected: set[str]) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is named in {INDEX} but does not exist")
-        handle = _open(file)
-        keys = set(handle.keys())
-        if expected - keys:
-            raise ValueError(f"{file} lacks tensors that {INDEX} says it has: {', '.join(sorted(expected - keys))}")
-        for key in handle.keys():  # noqa: SIM118 (a handle, not a dict)
-            if expected and key not in expected:
-                raise ValueError(f"{file} holds {key}, which {INDEX} does not list there")
-            piece = handle.get_slice(key)
-            if piece.get_dtype() not in DTYPES:
-                raise ValueError(f"{file}: {key} has the dtype {piece.get_dtype()}, which is not supported")
-            self.file_of_key[key] = file
-            self.specs[key] = torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
+        with _open(file) as handle, open(file, "rb") as opened:
+            at = 8 + int.from_bytes(opened.read(8), "little")
+            keys = handle.offset_keys()  # safetensors has checked that they follow each other without a gap
+            if expected - set(keys):
+                lacking = ", ".join(sorted(expected - set(keys)))
+                raise ValueError(f"{file} lacks tensors that {INDEX} says it has: {lacking}")
+            for key in keys:
+                if expected and key not in expected:
+                    raise ValueError(f"{file} holds {key}, which {INDEX} does not list there")
+                self.specs[key] = _spec(file, key, handle.get_slice(key))
+                self.places[key] = (file, at)
+                at += _size(self.specs[key])
 
     def read(self, keys: Iterable[str]) -> list[Tensor]:
-        """The tensors of `keys`. They are views of their files, which are unmapped once they and we let go of them."""
-        if self.read_bytes > MAPPED_BYTES:  # what has been read stays in memory until the file is opened anew
-            self.handles.clear()
-            self.read_bytes = 0
-        found = []
-        for key in keys:
-            file = self.file_of_key[key]
-            if file not in self.handles:
-                self.handles[file] = _open(file)
-            found.append(self.handles[file].get_tensor(key))
-            self.read_bytes += _size(self.specs[key])
-        return found
+        """The tensors of `keys`, in memory of their own."""
+        return [self._read(*self.places[key], self.specs[key]) for key in keys]
+
+    def _read(self, file: Path, at: int, spec: Tensor) -> Tensor:
+        """Read rather than map: the process would die of a mapped file that another cuts short."""
+        tensor = torch.empty(_size(spec), dtype=torch.uint8)
+        rest = memoryview(tensor.numpy())
+        with open(file, "rb", buffering=0) as opened:
+            opened.seek(at)
+            while rest:
+                count = opened.readinto(rest)
+                if not count:
+                    raise RuntimeError(f"{file} was cut short while it was read")
+                rest = rest[count:]
+        return tensor.view(spec.dtype).view(spec.shape)
 
 
 def _open(file: Path) -> Any:
@@ -128,6 +296,25 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+
+def _spec(file: Path, key: str, piece: Any) -> Tensor:
+    if piece.get_dtype() not in DTYPES:
+        raise ValueError(f"{file}: {key} has the dtype {piece.get_dtype()}, which is not supported")
+    try:
+        return torch.empty(piece.get_shape(), dtype=DTYPES[piece.get_dtype()], device="meta")
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{file}: {key} has the shape {piece.get_shape()}, which no tensor can have") from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """save_pretrained; OSError where that fails, for which `tokenizers` raises a bare Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"the tokenizer could not be written: {error}") from error
 
 
 def write_checkpoint(
