@@ -49,7 +49,7 @@ def test_a_tag_stands_for_a_pinned_revision_unless_another_is_named(monkeypatch,
 
 
 def test_ports_of_one_model_type_are_told_apart_by_what_their_configs_say(monkeypatch):
-    def refuse(theirs):
+    def refuse(theirs, keys):
         raise ValueError("not mine")
 
     hf = PORT.formats["hf"]
@@ -84,7 +84,7 @@ def test_an_unknown_word_is_refused_wherever_it_comes_from(tmp_path, wrong):
 
 def test_a_field_that_the_original_leaves_out_has_its_default():
     shape = {"vocab_size": 33, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config, defaults = read_hf_config({**shape, "position_embedding_type": "rotary"}), EsmConfig()
+    config, defaults = read_hf_config({**shape, "position_embedding_type": "rotary"}, ()), EsmConfig()
     for field in ("layer_norm_eps", "hidden_dropout_prob", "token_dropout", "intermediate_size"):
         assert getattr(config, field) == getattr(defaults, field)
 

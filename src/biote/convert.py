@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -24,10 +24,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .files import CheckpointReader, new_folder, read_json, save_tokenizer, unchanged, write_checkpoint
-from .mapping import Mapping, MappingError, Plan, Specs, refuse_nan
-from .port import TE, Json, ModelPort, find_tag, identify, port_of
+from .mapping import MappingError, Plan, Specs, refuse_nan, some_of
+from .port import TE, Format, Json, ModelPort, find_tag, identify, port_named, port_of
+from .tokenizer import tokenizer_like
 
 FIVE_GB = 5 * 10**9
+MOST_LABELS = 10_000  # that a configuration may name for a head that the file does not hold
 WANTED = [
     "config.json",
     "*.safetensors",
@@ -35,6 +37,7 @@ WANTED = [
     "*.txt",
     "tokenizer*.json",
     "special_tokens*.json",
+    "added_tokens.json",
 ]
 
 
@@ -71,13 +74,17 @@ def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path
         raise ConnectionError(f"{repo_id} is not a local folder and the Hub could not be reached: {reason}") from error
 
 
-def state_specs(cls: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The keys, shapes and dtypes of a model's checkpoint as meta tensors, tied copies left out."""
+def meta_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of meta tensors, on the torch engine: it needs no memory and runs nowhere."""
     anywhere = {"engine": "torch", "layer_precision": "bf16", "quantized_weights": False}  # the keys are the same
     config = type(config).from_dict({**config.to_dict(), **anywhere})
     with torch.device("meta"), no_init_weights():
-        model = cls(config)
-    return own_state(model)
+        return cls(config)
+
+
+def state_specs(cls: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The keys, shapes and dtypes of a model's checkpoint as meta tensors, tied copies left out."""
+    return own_state(meta_model(cls, config))
 
 
 def own_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -90,23 +97,30 @@ class Conversion:
     """One conversion between a foreign format and our layout, planned and checked: nothing has moved yet."""
 
     def __init__(self, port: ModelPort, source: Specs, config: Json, to: str, config_kwargs: Json, where: str):
-        self.port, self.to = port, to
+        self.port, self.to, self.where = port, to, where
         self.source_format, self.auto = identify(config, port.name)[1:]
         if (self.source_format == TE) == (to == TE):
             raise ValueError(f"{where} is in the {self.source_format!r} format; one side of a conversion must be 'te'")
-        self.config, self.their_config, mapping = self._read_configs(config, config_kwargs, where)
+        with _blaming_config(where):
+            config = _current_spelling(config, source)
+        self.config, self.their_config, form = self._read_configs(source, config, config_kwargs)
         with _blaming_config(f"{where} with {config_kwargs}" if config_kwargs else where):
-            ours = state_specs(port.classes[self.auto], self.config)
-        self.plan: Plan = mapping.plan(source, ours, "from" if to == TE else "to", where)
+            _refuse_outsized(self.config, source)
+            mapping = form.mapping(self.config, self.their_config, self.auto)
+            model: Any = meta_model(port.classes[self.auto], self.config)
+        self.max_positions: int | None = model.base_model.max_positions
+        self.names = source.keys()
+        source, self.tied = _without_copies(source, port.classes[self.auto] if to != TE else None, self.config)
+        self.plan: Plan = mapping.plan(source, own_state(model), "from" if to == TE else "to", where)
 
-    def _read_configs(self, config: Json, config_kwargs: Json, where: str) -> tuple[PreTrainedConfig, Json, Mapping]:
+    def _read_configs(self, source: Specs, config: Json, config_kwargs: Json) -> tuple[PreTrainedConfig, Json, Format]:
         port, auto = self.port, self.auto
         if self.to == TE:
             form = port.formats[self.source_format]
             known = {field.name for field in fields(port.config_class)}
             _refuse_unknown_fields(known, config_kwargs, port.config_class.__name__)
-            with _blaming_config(where):
-                fields_read = form.read_config(config).to_dict()
+            with _blaming_config(self.where):
+                fields_read = form.read_config(config, source.keys()).to_dict()
             if "num_labels" in config_kwargs:  # the source's label names no longer fit
                 fields_read = {key: value for key, value in fields_read.items() if key not in ("id2label", "label2id")}
             ours = port.config_class.from_dict({**fields_read, **config_kwargs})
@@ -118,12 +132,12 @@ class Conversion:
                 raise ValueError(
                     f"the {self.to!r} format of {port.name} has no counterpart of {port.classes[auto].__name__}"
                 )
-            with _blaming_config(where):
+            with _blaming_config(self.where):
                 ours = port.config_class.from_dict(config)
             written = form.write_config(ours, auto)
             _refuse_unknown_fields(set(written), config_kwargs, f"the {self.to!r} format")
             theirs = {**written, **config_kwargs, "architectures": [form.architectures[auto]]}
-        return ours, theirs, form.mapping(ours, theirs, auto)
+        return ours, theirs, form
 
     def write_config(self, folder: Path, dtype: torch.dtype | None) -> None:
         """The config.json of the result; in our layout also the code that it names."""
@@ -138,12 +152,22 @@ class Conversion:
     def tensors(self, read: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Convert tensor by tensor; `read(keys)` gives the source's."""
         for step in self.plan.steps:
-            sources = read(step.sources)
-            for key, tensor in zip(step.sources, sources, strict=True):
-                refuse_nan(key, tensor)
-            if dtype and not step.rule.keep_dtype:  # before the rule, which may fill rows with a dtype's lowest number
-                sources = [_cast(key, tensor, dtype) for key, tensor in zip(step.sources, sources, strict=True)]
-            yield from zip(step.targets, step.apply(sources), strict=True)
+            sources = self._read(read, step.sources)
+            cast = dtype if dtype and not step.rule.keep_dtype else None
+            if cast and self.to != TE:  # ours are cast: padding that a foreign format has may hold what ours cannot
+                sources = [_cast(key, tensor, cast) for key, tensor in zip(step.sources, sources, strict=True)]
+            for key, tensor in zip(step.targets, step.apply(sources), strict=True):
+                yield key, _cast(", ".join(step.sources), tensor, cast) if cast and self.to == TE else tensor
+
+    def _read(self, read: Any, keys: tuple[str, ...]) -> list[Tensor]:
+        tensors = []
+        for key in keys:
+            tensor, *copies = read([name for name in (key, self.tied.get(key)) if name in self.names])
+            refuse_nan(key, tensor)
+            if not all(torch.equal(copy, tensor) for copy in copies):
+                raise ValueError(f"{self.where}: {key} and {self.tied[key]} are tied, but differ")
+            tensors.append(tensor)
+        return tensors
 
     def specs(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Meta tensors of the result, in the order they come."""
@@ -182,7 +206,9 @@ def convert_into(
     max_shard_bytes: int = FIVE_GB,
 ) -> None:
     """As `convert_folder`, into a folder that exists."""
-    config = read_json(source / "config.json")
+    reader, config = CheckpointReader(source), read_json(source / "config.json")
+    if port_name:
+        config = with_architecture(port_named(port_name), config, reader.specs, str(source))
     port, source_format, _ = identify(config, port_name)
     if to not in port.format_names:
         raise ValueError(f"unknown format {to!r}; {port.name} has {', '.join(port.format_names)}")
@@ -194,8 +220,11 @@ def convert_into(
         convert_into(folder / "te", folder, to, port_name=port.name, max_shard_bytes=max_shard_bytes)
         shutil.rmtree(folder / "te")
         return
-    reader = CheckpointReader(source)
     conversion = Conversion(port, reader.specs, config, to, {}, str(source))
+    tokenizer = None
+    if port.build_tokenizer is not None:
+        vocab_size: Any = conversion.config.vocab_size
+        tokenizer = tokenizer_like(port.build_tokenizer, source, vocab_size, conversion.max_positions)
     specs = conversion.specs(dtype)
     quiet = not sys.stderr.isatty()
     tensors = track(
@@ -204,8 +233,30 @@ def convert_into(
     )  # fmt: skip
     write_checkpoint(folder, specs, tensors, max_shard_bytes)
     conversion.write_config(folder, dtype)
-    if port.build_tokenizer is not None:
-        save_tokenizer(port.build_tokenizer(), folder)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+
+
+def with_architecture(port: ModelPort, config: Json, source: Specs, where: str) -> Json:
+    """A config.json that names its architecture: where it does not, the one of the port's whose keys the weights have.
+
+    ValueError if none or several have them.
+    """
+    forms = [name for name in port.format_names if port.model_type(name) == config.get("model_type")]
+    if config.get("architectures") or not forms:
+        return config
+    fitting = []
+    for form in forms:
+        to = next(iter(port.formats)) if form == TE else TE
+        for architecture in port.architectures(form).values():
+            named = {**config, "architectures": [architecture]}
+            with suppress(ValueError):
+                Conversion(port, source, named, to, {}, where)
+                fitting.append(named)
+    if len(fitting) != 1:
+        what = some_of([named["architectures"][0] for named in fitting]) or f"no class of {port.title}"
+        raise ValueError(f"config.json of {where} names no architecture, and the keys of its weights fit {what}")
+    return fitting[0]
 
 
 def convert_model(port: ModelPort, model: PreTrainedModel, to: str, config_kwargs: Json) -> PreTrainedModel:
@@ -248,20 +299,70 @@ def load_original(
 ) -> PreTrainedModel:
     """Load an original checkpoint into a port's class. A head that `cls` does not have is left behind."""
     folder = locate(source, revision, subfolder)
-    config = read_json(folder / "config.json")
     port = port_of(cls)
     if port is None:
         raise ValueError(f"no installed port has the class {cls.__name__}")
+    config = read_json(folder / "config.json")
+    model: Any
+    if config.get("model_type") == port.model_type(TE):
+        model = cls.from_pretrained(folder, dtype=dtype or "auto", **config_kwargs)
+    else:
+        model = _load_foreign(cls, port, folder, config, dtype, config_kwargs)
+    if device is None:
+        device = "cuda" if model.base_model.engine == "te" else "cpu"
+    return model.to(device)
+
+
+def _current_spelling(config: Json, source: Specs) -> Json:
+    """A config.json as transformers 5 spells it: `dtype`, labels by name. ValueError for values of another kind."""
+    dtype, labels = config.get("dtype", config.get("torch_dtype")), config.get("num_labels")
+    if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}, which names none of torch's")
+    changed: Json = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    if labels is not None and config.get("id2label") is None:
+        most = max((spec.shape[0] for spec in source.values() if spec.dim()), default=0)
+        if type(labels) is not int or not 0 < labels <= max(most, MOST_LABELS):
+            raise ValueError(f"num_labels is {labels!r}, but no tensor has more than {most} rows")
+        changed |= {"id2label": {str(index): f"LABEL_{index}" for index in range(labels)}, "label2id": None}
+    return {**config, **changed}
+
+
+def _refuse_outsized(config: Any, source: Specs) -> None:
+    """ValueError for numbers that the file's tensors do not bear out, before a mapping is expanded by them."""
+    largest = max((max(spec.shape, default=0) for spec in source.values()), default=0)
+    if config.num_hidden_layers > len(source):
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the file holds {len(source)} tensors")
+    if config.hidden_size > largest:
+        raise ValueError(f"hidden_size is {config.hidden_size}, but the largest side of a tensor is {largest}")
+
+
+def _without_copies(source: Specs, cls: type[PreTrainedModel] | None, config: Any) -> tuple[Specs, dict[str, str]]:
+    """A source without what other programs add: TE's states, and, if it is of our `cls`, copies that are tied.
+
+    Returns also, by key, the copy in which a tensor is found too, or only.
+    """
+    kept = {key: spec for key, spec in source.items() if not key.endswith("._extra_state")}
+    tied: dict[str, str] = {}
+    copies = cls._tied_weights_keys if cls is not None and config.tie_word_embeddings else None
+    for copy, key in (copies or {}).items():
+        if copy in kept:
+            spec = kept.pop(copy)
+            kept.setdefault(key, spec)
+            tied[key] = copy
+    return kept, tied
+
+
+def _load_foreign(
+    cls: Any, port: ModelPort, folder: Path, config: Json, dtype: torch.dtype | None, config_kwargs: Json
+) -> PreTrainedModel:
     reader = CheckpointReader(folder)
+    config = with_architecture(port, config, reader.specs, str(folder))
     conversion = Conversion(port, reader.specs, config, TE, config_kwargs, str(folder))
     state = dict(conversion.tensors(reader.read))
     if cls is not port.classes[conversion.auto] and conversion.auto != "AutoModel":  # whose keys have no "model."
         state = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in state.values() if tensor.dim() > 1))
-    model: Any = cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or widest)
-    if device is None:
-        device = "cuda" if model.base_model.engine == "te" else "cpu"
-    return model.to(device)
+    return cls.from_pretrained(None, config=conversion.config, state_dict=state, dtype=dtype or widest)
 
 
 @contextmanager

@@ -21,13 +21,20 @@ from torch import Tensor
 
 Direction = Literal["from", "to"]  # from the foreign format, or to it
 Specs = MappingABC[str, Tensor]  # meta tensors by key: shapes and dtypes
+SHOWN = 10  # of a list in a message
+
+
+def some_of(items: Sequence[str], separator: str = ", ") -> str:
+    """The items in a row; of many the first few, and how many more there are."""
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return separator.join([*items[:SHOWN], *more])
 
 
 class MappingError(ValueError):
-    """Everything that keeps a checkpoint from being converted, in one message."""
+    """Everything that keeps a checkpoint from being converted, in one message; of many problems the first few."""
 
     def __init__(self, where: str, problems: Sequence[str]):
-        super().__init__(f"{where}: {len(problems)} problem{'s'[: len(problems) > 1]}: " + "; ".join(problems))
+        super().__init__(f"{where}: {len(problems)} problem{'s'[: len(problems) > 1]}: {some_of(problems, '; ')}")
         self.problems = list(problems)
 
 
@@ -254,7 +261,8 @@ class Mapping:
         """
         spelled = {self._canonical(key) if direction == "from" else key: key for key in source}
         known = {name: source[key] for name, key in spelled.items()}
-        problems = [f"{key} is there under two spellings" for key in source if key not in spelled.values()]
+        chosen = set(spelled.values())
+        problems = [f"{key} is there under two spellings" for key in source if key not in chosen]
         steps: list[Step] = []
         made: dict[str, Tensor] = {}
         for rule in self.rules:

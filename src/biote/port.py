@@ -1,8 +1,8 @@
 """ModelPort: everything the tools need to know of one model. Ports are found by entry point `biote.ports`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +17,7 @@ from .mapping import Mapping
 
 Json = dict[str, Any]
 TE = "te"  # the name of our own layout among a port's formats
+UNSET = ("id2label", "label2id", "problem_type", "dtype")  # null in a config.json says that nobody has set them
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Format:
     """A layout that the model's checkpoints have in the wild.
 
     architectures: class name in config.json, by Auto class ("AutoModelForMaskedLM", ...).
-    mapping: (our config, its config.json, Auto class) -> Mapping; read_config: its config.json -> our config;
-    write_config: (our config, Auto class) -> its config.json.
+    mapping: (our config, its config.json, Auto class) -> Mapping; read_config: (its config.json, keys of its weights)
+    -> our config; write_config: (our config, Auto class) -> its config.json.
     build: (config.json, Auto class) -> the original implementation, its weights yet to be loaded; load: (folder,
     Auto class, dtype) -> the same with the folder's weights, by its own means. Both None where there is none here.
     """
@@ -47,7 +48,7 @@ class Format:
     model_type: str
     architectures: MappingABC[str, str]
     mapping: Callable[[Any, Json, str], Mapping]
-    read_config: Callable[[Json], PreTrainedConfig]
+    read_config: Callable[[Json, Collection[str]], PreTrainedConfig]
     write_config: Callable[[Any, str], Json]
     build: Callable[[Json, str], PreTrainedModel] | None = None
     load: Callable[[Path, str, torch.dtype], PreTrainedModel] | None = None
@@ -166,15 +167,34 @@ def _readable(fits: list[tuple[ModelPort, str, str]], config: Json) -> list[tupl
     """Of ports with the same model_type, those whose read_config takes the configuration: it refuses its siblings."""
     readable, reasons = [], []
     for port, name, auto in fits:
-        read = port.config_class.from_dict if name == TE else port.formats[name].read_config
         try:
-            read(config)
+            port.config_class.from_dict(config) if name == TE else port.formats[name].read_config(config, ())
             readable.append((port, name, auto))
         except Exception as error:  # whatever a field of the wrong kind raises
             reasons.append(f"{port.name}: {error}")
     if not readable:
         raise ValueError(f"no port reads config.json: {'; '.join(reasons)}")
     return readable
+
+
+def read_fields(theirs: Json, names: MappingABC[str, str], config_class: type[PreTrainedConfig]) -> Json:
+    """Fields of our configuration that a foreign config.json holds, as `names` (theirs -> ours) has them.
+
+    What is absent there is absent here. A null is false where ours is a switch, as Python's `if` has it; elsewhere it
+    stays null where ours may be null, and is a ValueError where it may not.
+    """
+    kinds = {field.name: str(field.type) for field in fields(config_class)}
+    found: Json = {}
+    for name, ours in names.items():
+        value, kind = theirs.get(name), kinds[ours]
+        if name not in theirs or (value is None and ours in UNSET):
+            continue
+        if value is None and "None" not in kind:
+            if "bool" not in kind:
+                raise ValueError(f"{name} is null, which this model cannot do without")
+            value = False
+        found[ours] = value
+    return found
 
 
 def refuse_other(config: PreTrainedConfig, required: Json, what: str) -> None:

@@ -37,7 +37,7 @@ def test_published_config_is_read():
         "model_type": "AMPLIFY", "architectures": ["AMPLIFY"], "vocab_size": 27, "hidden_size": 960, "dropout_prob": 0,
         "num_hidden_layers": 32, "num_attention_heads": 15, "intermediate_size": 3840, "hidden_act": "SwiGLU",
         "norm_eps": 1e-05, "max_length": 512, "torch_dtype": "float32", "other_special_token_ids": None,
-    })  # fmt: skip
+    }, ())  # fmt: skip
     assert (config.hidden_act, config.feed_forward_width, config.max_position_embeddings) == ("swiglu", 2560, 512)
     with pytest.raises(ValueError, match="hidden_act='silu' is none of the original's"):
-        read_config({**config.to_dict(), "hidden_act": "silu"})
+        read_config({**config.to_dict(), "hidden_act": "silu"}, ())

@@ -79,7 +79,7 @@ def test_a_folder_of_variants(golden_folder, tmp_path):
 def test_other_berts_are_refused(case, field, value):
     theirs = {**case.make_original("AutoModelForMaskedLM", 0).config.to_dict(), field: value}
     with pytest.raises(ValueError, match=f"not one that this port computes: {field}={value!r}"):
-        read_hf_config(theirs)
+        read_hf_config(theirs, ())
 
 
 def test_a_tag_names_a_subfolder_of_the_hub_repository(golden_folder, tmp_path):

@@ -42,10 +42,10 @@ class EncoderConfig(PreTrainedConfig):
     mlp_bias: bool = True
     rope: str = "half"
     post_norm: bool = False
-    layer_norm_eps: float = 1e-5
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-5
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = 1
     engine: str = "auto"
     layer_precision: str | list[str] = "bf16"
@@ -66,8 +66,8 @@ class EncoderConfig(PreTrainedConfig):
 
     def _write_code(self, folder: Path) -> None:
         if type(self).__module__.startswith("transformers_modules."):  # a folder's own: transformers has copied it
-            if hasattr(self, "auto_map"):  # from the Hub it names the repository, where the code need not stay
-                self.auto_map = {auto: name.rpartition("--")[2] for auto, name in self.auto_map.items()}
+            mapped: dict[str, str] = getattr(self, "auto_map", {})  # to a Hub repository, if it is from one
+            self.auto_map = {auto: name.rpartition("--")[2] for auto, name in mapped.items()}
             return
         try:
             from biote.remote_code import write_code
@@ -87,7 +87,8 @@ class EncoderConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads")
         if self.fp8_recipe not in FP8_RECIPES:
             raise ValueError(f"fp8_recipe={self.fp8_recipe!r} is unknown; choose one of {', '.join(FP8_RECIPES)}")
-        precisions = layer_precisions(self.layer_precision, self.num_hidden_layers)
+        layers = 1 if isinstance(self.layer_precision, str) else self.num_hidden_layers  # one word is for them all
+        precisions = layer_precisions(self.layer_precision, layers)
         if self.quantized_weights and set(precisions) == {"bf16"}:
             raise ValueError('quantized_weights needs layers of a layer_precision other than "bf16"')
 

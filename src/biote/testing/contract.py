@@ -368,7 +368,7 @@ def assert_config_survives(case: Case, auto: str, but: tuple[str, ...] = ()) -> 
 def _dropped(case: Case, auto: str, original: Any) -> set[str]:
     """Keys that the port's mapping reads past, each with its reason."""
     form, theirs = case.port.formats["hf"], original.config.to_dict()
-    mapping = form.mapping(form.read_config(theirs), theirs, auto)
+    mapping = form.mapping(form.read_config(theirs, original.state_dict().keys()), theirs, auto)
     return {key for rule in mapping.rules if isinstance(rule, Drop) for key in rule.theirs}
 
 

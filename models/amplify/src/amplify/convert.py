@@ -1,5 +1,6 @@
 """AMPLIFY's port: formats (the original's, NVIDIA's) with mappings and configurations, and published checkpoints."""
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from biote.convert import convert_model
 from biote.mapping import FuseQKV, Mapping, PadRows, Recompute, Rename, Rule
-from biote.port import Checkpoint, Format, Json, ModelPort, refuse_other
+from biote.port import UNSET, Checkpoint, Format, Json, ModelPort, read_fields, refuse_other
 from biote.runtime.rope import inverse_frequencies
 
 from .amplify_te import (
@@ -106,7 +107,7 @@ def _frequencies(config: AmplifyTEConfig) -> Recompute:
     )
 
 
-def read_config(theirs: Json) -> AmplifyTEConfig:
+def read_config(theirs: Json, keys: Collection[str]) -> AmplifyTEConfig:
     """AMPLIFYConfig's JSON, chandar-lab's or NVIDIA's -> ours; ValueError naming what is missing or unknown."""
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     missing = [key for key in required if key not in theirs]
@@ -115,8 +116,7 @@ def read_config(theirs: Json) -> AmplifyTEConfig:
     activation = str(theirs.get("hidden_act", "SwiGLU")).lower()
     if activation not in ACTIVATIONS.values():
         raise ValueError(f"hidden_act={theirs['hidden_act']!r} is none of the original's: {', '.join(ACTIVATIONS)}")
-    fields = {name: theirs[name] for name in SAME_NAMES if theirs.get(name) is not None}
-    fields |= {ours: theirs[name] for name, ours in RENAMED.items() if theirs.get(name) is not None}
+    fields = read_fields(theirs, {**{name: name for name in SAME_NAMES}, **RENAMED}, AmplifyTEConfig)
     dropout = fields.get("hidden_dropout_prob", 0.0)  # one number in the original, an integer in its published files
     fields |= {"hidden_dropout_prob": float(dropout), "attention_probs_dropout_prob": float(dropout)}
     return AmplifyTEConfig(**fields, hidden_act=activation)
@@ -131,7 +131,7 @@ def write_hf_config(config: AmplifyTEConfig, auto: str) -> Json:
     if config.hidden_dropout_prob != config.attention_probs_dropout_prob:
         raise ValueError("the original has one dropout probability; hidden_ and attention_probs_dropout_prob differ")
     ours = config.to_dict()
-    fields = {name: ours[name] for name in SAME_NAMES if ours.get(name) is not None}
+    fields = {name: ours.get(name) for name in SAME_NAMES if name not in UNSET or ours.get(name)}
     fields |= {theirs: ours[name] for theirs, name in RENAMED.items()}
     return {
         "model_type": AMPLIFYConfig.model_type,

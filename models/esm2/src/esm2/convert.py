@@ -1,5 +1,6 @@
 """ESM-2's port: formats (the original's and NVIDIA's) with mappings and configurations, and published checkpoints."""
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import EsmConfig, PreTrainedModel
 
 from biote.convert import convert_model
 from biote.mapping import Drop, FuseQKV, LeaveOut, Mapping, PadRows, Recompute, Rename, Rule, Shared
-from biote.port import Checkpoint, Format, Json, ModelPort, refuse_other
+from biote.port import UNSET, Checkpoint, Format, Json, ModelPort, read_fields, refuse_other
 from biote.runtime.rope import inverse_frequencies
 
 from .esm2_te import (
@@ -43,7 +44,6 @@ SAME_NAMES = (  # fields that EsmConfig and ours have in common
 def hf_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
     """transformers' EsmModel and its heads, in every spelling that released versions wrote."""
     rename = [
-        ("esm.contact_head.regression.{k}", "model.contact_head.regression.{k}"),
         ("esm.encoder.emb_layer_norm_after.{k}", "model.final_norm.{k}"),
         (HF_LAYER + "attention.LayerNorm.{k}", OUR_LAYER + "attention.norm.{k}"),
         (HF_LAYER + "attention.output.dense.{k}", OUR_LAYER + "attention.proj.{k}"),
@@ -72,6 +72,11 @@ def hf_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
         Drop(theirs=("esm.embeddings.position_ids",), why="a constant 0, 1, 2, ... of old files"),
         Drop(theirs=("esm.embeddings.position_embeddings.weight",), why="unused: ESM-2 is rotary"),
     ]
+    contacts = "esm.contact_head.regression.{k}"
+    if config.contact_head:
+        rules.append(Rename(theirs=(contacts,), ours=("model.contact_head.regression.{k}",)))
+    else:
+        rules.append(Drop(theirs=(contacts,), why="asked for: contact_head=False"))
     if auto == "AutoModel":
         rules.append(Drop(theirs=("esm.pooler.dense.{k}",), why="never trained: ESM-2 has no pooler"))
     respell = [(r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")]
@@ -134,7 +139,7 @@ def nvidia_mapping(config: Esm2TEConfig, theirs: Json, auto: str) -> Mapping:
     return mapping.under("model.", "model.") if auto == "AutoModel" else mapping
 
 
-def read_hf_config(theirs: Json) -> Esm2TEConfig:
+def read_hf_config(theirs: Json, keys: Collection[str]) -> Esm2TEConfig:
     """EsmConfig's JSON -> ours; ValueError naming everything in it that is not ESM-2."""
     required = {
         "position_embedding_type": ("rotary",), "emb_layer_norm_before": (False, None), "hidden_act": ("gelu", None),
@@ -143,28 +148,28 @@ def read_hf_config(theirs: Json) -> Esm2TEConfig:
     wrong = [f"{key}={theirs.get(key)!r}" for key, allowed in required.items() if theirs.get(key) not in allowed]
     if wrong:
         raise ValueError(f"this is an ESM model, but not an ESM-2 one: {', '.join(wrong)}")
-    return _common_config(theirs, EsmConfig().to_dict())
+    config = _common_config({**EsmConfig().to_dict(), **theirs})
+    config.contact_head = any(".contact_head." in f".{key}" for key in keys)
+    return config
 
 
-def read_nvidia_config(theirs: Json) -> Esm2TEConfig:
+def read_nvidia_config(theirs: Json, keys: Collection[str]) -> Esm2TEConfig:
     """NVEsmConfig's JSON -> ours, with the exact GELU of the original (NVIDIA's modules compute `gelu_tanh`)."""
     if theirs.get("qkv_weight_interleaved") is False:
         raise ValueError("qkv_weight_interleaved=False: only NVIDIA's published layout, interleaved by head, is read")
-    config = _common_config(theirs, {})
+    config = _common_config(theirs)
     config.contact_head = False
     return config
 
 
-def _common_config(theirs: Json, defaults: Json) -> Esm2TEConfig:
-    missing = [
-        key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in theirs
-    ]
+def _common_config(theirs: Json) -> Esm2TEConfig:
+    required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in required if key not in theirs]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    theirs = {**defaults, **theirs}
     rope = theirs.get("rope_parameters") or {}
     return Esm2TEConfig(
-        **{key: theirs[key] for key in SAME_NAMES if theirs.get(key) is not None},
+        **read_fields(theirs, {name: name for name in SAME_NAMES}, Esm2TEConfig),
         rope_theta=theirs.get("rope_theta") or rope.get("rope_theta") or 10000.0,
     )
 
@@ -172,8 +177,6 @@ def _common_config(theirs: Json, defaults: Json) -> Esm2TEConfig:
 def write_hf_config(config: Esm2TEConfig, auto: str) -> Json:
     """Ours -> EsmConfig's JSON."""
     refuse_other(config, {**ARCHITECTURE, "hidden_act": "gelu"}, "transformers' ESM, whose GELU is exact,")
-    if not config.contact_head:
-        raise ValueError("transformers' ESM has a contact head, which this checkpoint lacks (it came from NVIDIA)")
     return {"model_type": "esm", **_written(config)}
 
 
@@ -195,7 +198,7 @@ def write_nvidia_config(config: Esm2TEConfig, auto: str) -> Json:
 
 def _written(config: Esm2TEConfig) -> Json:
     ours = config.to_dict()
-    same = {name: ours[name] for name in (*SAME_NAMES, "rope_theta") if ours.get(name) is not None}
+    same = {name: ours.get(name) for name in (*SAME_NAMES, "rope_theta") if name not in UNSET or ours.get(name)}
     return {**same, "hidden_act": "gelu", "position_embedding_type": "rotary", "emb_layer_norm_before": False}
 
 

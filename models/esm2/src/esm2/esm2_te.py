@@ -23,18 +23,25 @@ class Esm2TEConfig(EncoderConfig):
 
     token_dropout: zero the embeddings of <mask> and rescale the rest, as in training.
     contact_head: False for checkpoints that never had one (NVIDIA's); `predict_contacts` then raises.
+    mask_token_id: None only without token_dropout, which looks for it.
     """
 
     model_type = "esm2_te"
 
-    mask_token_id: int = 32
+    mask_token_id: int | None = 32
     cls_token_id: int = 0
     eos_token_id: int | list[int] | None = 2
     max_position_embeddings: int = 1026
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     token_dropout: bool = True
     contact_head: bool = True
     tie_word_embeddings: bool = True
+
+    def check(self) -> None:
+        """As for every port; token dropout has to know the token."""
+        super().check()
+        if self.token_dropout and self.mask_token_id is None:
+            raise ValueError("token_dropout needs a mask_token_id, which is null")
 
 
 class Embeddings(nn.Module):
@@ -54,10 +61,12 @@ class Embeddings(nn.Module):
         if self.mask_token_id is None:
             return x
         is_mask, packing = tokens.ids == self.mask_token_id, tokens.packing
-        lengths = packing.cu_seqlens.diff().clamp(min=1)  # in a CUDA graph, sequences may be empty
+        bounds = packing.cu_seqlens
+        lengths = (bounds.roll(-1) - bounds).clamp(min=1)  # [B + 1], the last of none; in a CUDA graph others too
         counts = torch.zeros_like(lengths, dtype=torch.float32)
-        counts.index_add_(0, packing.sequence_of_token, is_mask.float())
-        kept = (1 - counts / lengths)[packing.sequence_of_token, None]  # float32, as in the original
+        sequence = packing.sequence_of_token()
+        counts.index_add_(0, sequence, is_mask.float())
+        kept = (1 - counts / lengths)[sequence, None]  # float32, as in the original
         return (x.masked_fill(is_mask[:, None], 0.0) * (1 - TRAINED_MASK_RATIO) / kept).to(x.dtype)
 
 
@@ -102,13 +111,20 @@ class Esm2TEModel(EncoderModel):
         self.post_init()
 
     def predict_contacts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """tokens int64 [B, S] with <cls> first, in right-padded rows -> contact probabilities [B, S - 2, S - 2]."""
+        """tokens int64 [B, S], rows of <cls>, residues, <eos>, padded on either side -> probabilities [B, S - 2, S - 2].
+
+        attention_mask: as of `plan_packing`; packed rows are not taken. Token c of a row, counting from 0 with its
+        padding, is contact c - 1, so that a right-padded row's residues begin at 0. The original knows right-padded
+        rows only, and leaves the <cls> of others in.
+        """
         if self.contact_head is None:
             raise ValueError("this checkpoint has no contact head: convert the original (facebook/...) to get one")
         maps = self(tokens, attention_mask=attention_mask, output_attentions=True, return_dict=True).attentions
         stacked = torch.cat(maps, 1)  # [B, layers * H, S, S]
-        is_eos = (tokens == self.config.eos_token_id)[:, None]  # [B, 1, S]
-        stacked = stacked.masked_fill(is_eos[..., None] | is_eos[..., None, :], 0.0)
+        special = tokens == self.config.eos_token_id  # [B, S]
+        first = 0 if attention_mask is None else attention_mask.to(tokens.device).int().argmax(1, keepdim=True)
+        special = (special | (torch.arange(tokens.shape[1], device=tokens.device) == first))[:, None]  # [B, 1, S]
+        stacked = stacked.masked_fill(special[..., None] | special[..., None, :], 0.0)
         return self.contact_head(stacked[..., 1:-1, 1:-1])
 
 

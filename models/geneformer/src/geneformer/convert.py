@@ -1,5 +1,6 @@
 """Geneformer's port: the original's format with its mapping and configuration, and published checkpoints."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import BertConfig, PreTrainedModel
 
 from biote.convert import convert_model
 from biote.mapping import Drop, FuseQKV, Mapping, Rename, Rule, Shared
-from biote.port import Checkpoint, Format, Json, ModelPort, refuse_other
+from biote.port import UNSET, Checkpoint, Format, Json, ModelPort, read_fields, refuse_other
 
 from .geneformer_te import (
     GeneformerTEConfig,
@@ -89,11 +90,11 @@ HF_HEADS: dict[str, list[tuple[str, str]]] = {
 }
 
 
-def read_hf_config(theirs: Json) -> GeneformerTEConfig:
+def read_hf_config(theirs: Json, keys: Collection[str]) -> GeneformerTEConfig:
     """BertConfig's JSON -> ours; ValueError naming everything in it that the port does not compute."""
     required = {
         "hidden_act": ("relu", "gelu"), "position_embedding_type": ("absolute", None), "is_decoder": (False, None),
-        "add_cross_attention": (False, None), "tie_word_embeddings": (True, None), "classifier_dropout": (None,),
+        "add_cross_attention": (False, None), "tie_word_embeddings": (True,), "classifier_dropout": (None,),
     }  # fmt: skip
     defaults = BertConfig().to_dict()
     wrong = [
@@ -103,8 +104,8 @@ def read_hf_config(theirs: Json) -> GeneformerTEConfig:
     ]
     if wrong:
         raise ValueError(f"this is a BERT, but not one that this port computes: {', '.join(wrong)}")
-    fields = {name: theirs.get(name, defaults.get(name)) for name in SAME_NAMES}
-    return GeneformerTEConfig(**{name: value for name, value in fields.items() if value is not None})
+    names = {name: name for name in SAME_NAMES}
+    return GeneformerTEConfig(**read_fields({**defaults, **theirs}, names, GeneformerTEConfig))
 
 
 def write_hf_config(config: GeneformerTEConfig, auto: str) -> Json:
@@ -117,7 +118,8 @@ def write_hf_config(config: GeneformerTEConfig, auto: str) -> Json:
     if config.hidden_act not in ("relu", "gelu"):
         raise ValueError(f"hidden_act={config.hidden_act!r} has no counterpart in the original")
     ours = config.to_dict()
-    return {"model_type": "bert", **{name: ours[name] for name in SAME_NAMES if ours.get(name) is not None}}
+    same = {name: ours.get(name) for name in SAME_NAMES if name not in UNSET or ours.get(name)}
+    return {"model_type": "bert", **same}
 
 
 def build_hf(theirs: Json, auto: str) -> PreTrainedModel:

@@ -34,7 +34,7 @@ class GeneformerTEConfig(EncoderConfig):
     num_attention_heads: int = 18
     intermediate_size: int = 4608
     hidden_act: str = "relu"
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: float | int = 1e-12
     rope: str = "none"
     post_norm: bool = True
     pad_token_id: int | None = 0
