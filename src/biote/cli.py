@@ -1,4 +1,4 @@
-"""The command line: `biote list | env | convert | export | verify`. Errors are one line, exit status 1.
+"""The command line: `biote list | env | convert | export | push | verify`. Errors are one line, exit status 1.
 
 Commands import what they need when they run: torch and transformers take seconds, which `biote --help` need not.
 """
@@ -87,7 +87,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint's weights and config from one layout to another."""
     from .convert import convert_folder, locate
+    from .files import check_destination
 
+    check_destination(destination)
     convert_folder(
         locate(source, revision, subfolder), destination, to,
         port_name=port, dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9),
@@ -109,11 +111,24 @@ def export(
     """Make a self-contained Hub folder, verified where biote cannot be imported."""
     from .export import export as export_folder
 
-    export_folder(
+    address = export_folder(
         source, destination, port_name=port, revision=revision, subfolder=subfolder,
         dtype=_dtype(dtype), max_shard_bytes=int(max_shard_gb * 1e9), push=push,
     )  # fmt: skip
     print(f"wrote {destination}")
+    if address:
+        print(f"uploaded to {address}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="an exported folder")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="a Hub repository, made if it is new")],
+) -> None:
+    """Upload an exported folder to the Hub."""
+    from .push import push as push_folder
+
+    print(f"uploaded to {push_folder(folder, repo_id)}")
 
 
 @app.command()
@@ -138,7 +153,9 @@ def port_export(port_name: str) -> typer.Typer:
         """Convert, bundle and verify an original checkpoint."""
         from .export import export as export_folder
 
-        export_folder(source, output, port_name=port_name, push=push)
+        address = export_folder(source, output, port_name=port_name, push=push)
+        if address:
+            print(f"uploaded to {address}")
 
     return command
 

@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from .convert import FIVE_GB, convert_folder, convert_into, locate
-from .files import CheckpointReader, new_folder, read_json
+from .convert import FIVE_GB, convert_into, locate
+from .files import CheckpointReader, check_destination, new_folder, read_json, unchanged
 from .golden import capture
 from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
+from .push import check_push, open_repository, upload
 from .runtime.verify import GOLDEN_FILE
 from .runtime.verify import __file__ as VERIFIER
 
@@ -37,13 +38,14 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = FIVE_GB,
     push: str | None = None,
-) -> None:
+) -> str | None:
     """Make the self-contained Hub folder of an original (or already converted) checkpoint; it appears once verified.
 
-    source: tag, Hub id or folder. push: a Hub repository to upload the folder to.
+    source: tag, Hub id or folder. push: a Hub repository to upload the folder to, whose address is returned.
     """
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists already; remove it or choose another output folder")
+    check_destination(destination)
+    if push is not None:
+        check_push(push)
     folder = locate(source, revision, subfolder)
     port, form, _ = identify(read_json(folder / "config.json"), port_name)
     if form not in (TE, "hf"):
@@ -51,15 +53,22 @@ def export(
             f"{source} is in the {form!r} format, which has no original implementation here to verify against"
         )
     card_template, licence = port.read_text("model_readme.md"), port.read_text("LICENSE")
-    with new_folder(destination) as partial, tempfile.TemporaryDirectory() as scratch:
+    address = open_repository(push) if push is not None else None
+    with (
+        new_folder(destination, folder) as partial,
+        tempfile.TemporaryDirectory(dir=partial.parent) as scratch,  # there it goes with what a killed run leaves
+        unchanged(folder),
+    ):
         original = folder
         if form == TE:
             original = Path(scratch) / "original"
-            convert_folder(folder, original, "hf")
+            original.mkdir()
+            convert_into(folder, original, "hf")
         convert_into(original, partial, TE, port_name=port.name, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if dtype:  # golden values are those of the original with the same rounded weights
             original = Path(scratch) / "rounded"
-            convert_folder(partial, original, "hf")
+            original.mkdir()
+            convert_into(partial, original, "hf")
         shutil.copy(VERIFIER, partial / "verify.py")
         provenance = _provenance(source, revision, subfolder)
         if dtype:
@@ -69,10 +78,9 @@ def export(
         (partial / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
         checks = verify_isolated(partial)
         _write_card(port, card_template, partial, provenance, checks, push)
-    if push:
-        api = HfApi()
-        api.create_repo(push, exist_ok=True)
-        api.upload_folder(repo_id=push, folder_path=destination)
+    if push is not None:
+        upload(destination, push)
+    return address
 
 
 def verify_isolated(folder: Path) -> list[Json]:

@@ -46,8 +46,10 @@ def capture(port: ModelPort, original: Path, file: Path, provenance: Json) -> No
         },
     }
     tensors = {**inputs, **reference}
+    file.touch()
+    mode = file.stat().st_mode  # as the umask says; safetensors lets nobody else read the file
     save_file({key: value.contiguous() for key, value in tensors.items()}, file, {"provenance": json.dumps(record)})
-    file.chmod(0o644)  # safetensors lets nobody else read it
+    file.chmod(mode)
 
 
 __all__ = ["GOLDEN_FILE", "capture"]
