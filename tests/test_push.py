@@ -74,7 +74,7 @@ def test_export_opens_the_repository_before_the_work_and_uploads_after_it(
     monkeypatch.setattr(
         export, "convert_into", lambda *given, **more: (hub.asked.append("work"), work(*given, **more))
     )
-    status, out, error = biote("export", tiny_original, tmp_path / "out", "--push", "me/tiny")
+    status, out, _ = biote("export", tiny_original, tmp_path / "out", "--push", "me/tiny")
     assert status == 0
     assert hub.asked == [("create", "me/tiny", True), "work", ("upload", "me/tiny", tmp_path / "out")]
     assert out.endswith(f"wrote {tmp_path / 'out'}\nuploaded to {ADDRESS}\n")
@@ -84,10 +84,7 @@ def test_export_opens_the_repository_before_the_work_and_uploads_after_it(
 @pytest.mark.parametrize("name", ["a/b/c", "", "a b/c", "../x", "https://huggingface.co/a/b", "x" * 200])
 def test_a_bad_name_is_found_out_before_any_work(biote, hub, tiny_original, folder, tmp_path, monkeypatch, name):
     monkeypatch.setattr(export, "locate", lambda *_: pytest.fail("this may download for an hour"))
-    commands = [["push", folder, name]]
-    if name:  # an empty --push uploads nowhere
-        commands.append(["export", tiny_original, tmp_path / "out", "--push", name])
-    for command in commands:
+    for command in (["export", tiny_original, tmp_path / "out", "--push", name], ["push", folder, name]):
         status, _, error = biote(*command)
         assert (status, error.count("\n")) == (1, 1)
         assert error.startswith("error: Repo id must ")
@@ -128,10 +125,8 @@ def test_after_a_failed_upload_push_goes_on(biote, hub, tiny_original, tmp_path)
     status, _, error = biote("export", tiny_original, destination, "--push", "me/tiny")
     command = f"biote push '{destination}' me/tiny"
     assert status == 1
-    assert (
-        f"\nerror: {destination} is whole but not uploaded, try again with `{command}`: 403 Forbidden: you may not"
-        in error
-    )
+    said = f"error: {destination} is whole but not uploaded, try again with `{command}`: 403 Forbidden: you may not"
+    assert error.splitlines()[-1] == said
     assert command in biote("push", destination, "me/tiny")[2]  # fails in the same way
     hub.failing, hub.asked = None, []
     assert biote("push", destination, "me/tiny") == (0, f"uploaded to {ADDRESS}\n", "")

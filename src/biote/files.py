@@ -280,7 +280,7 @@ class CheckpointReader:
     def _read(self, file: Path, at: int, spec: Tensor) -> Tensor:
         """Read rather than map: the process would die of a mapped file that another cuts short."""
         tensor = torch.empty(_size(spec), dtype=torch.uint8)
-        rest = memoryview(tensor.numpy())
+        rest = tensor.numpy().data
         with open(file, "rb", buffering=0) as opened:
             opened.seek(at)
             while rest:
