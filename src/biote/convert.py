@@ -238,25 +238,25 @@ def convert_into(
 
 
 def with_architecture(port: ModelPort, config: Json, source: Specs, where: str) -> Json:
-    """A config.json that names its architecture: where it does not, the one of the port's whose keys the weights have.
+    """A config.json that names its architecture: where it does not, the one of the port's that reads most of the keys.
 
-    ValueError if none or several have them.
+    ValueError if none reads them, or several do equally.
     """
     forms = [name for name in port.format_names if port.model_type(name) == config.get("model_type")]
     if config.get("architectures") or not forms:
         return config
-    fitting = []
+    dropped: dict[str, int] = {}  # keys read past, by architecture
     for form in forms:
         to = next(iter(port.formats)) if form == TE else TE
         for architecture in port.architectures(form).values():
-            named = {**config, "architectures": [architecture]}
             with suppress(ValueError):
-                Conversion(port, source, named, to, {}, where)
-                fitting.append(named)
-    if len(fitting) != 1:
-        what = some_of([named["architectures"][0] for named in fitting]) or f"no class of {port.title}"
+                plan = Conversion(port, source, {**config, "architectures": [architecture]}, to, {}, where).plan
+                dropped[architecture] = sum(len(step.sources) for step in plan.steps if not step.targets)
+    best = [architecture for architecture, count in dropped.items() if count == min(dropped.values())]
+    if len(best) != 1:
+        what = some_of(best) or f"no class of {port.title}"
         raise ValueError(f"config.json of {where} names no architecture, and the keys of its weights fit {what}")
-    return fitting[0]
+    return {**config, "architectures": best}
 
 
 def convert_model(port: ModelPort, model: PreTrainedModel, to: str, config_kwargs: Json) -> PreTrainedModel:
