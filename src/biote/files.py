@@ -25,6 +25,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+READ = ("config.json", "*.safetensors", INDEX, "tokenizer*.json", "added_tokens.json", "vocab.txt")  # of a source
 LOCK = "lock"
 WRITE_BYTES = 2**20  # one write of a whole tensor takes Linux's page cache up to five times as long
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -185,7 +186,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def unchanged(folder: Path) -> Iterator[None]:
-    """RuntimeError if config.json, the index or a weights file of `folder` is another after the block than before."""
+    """RuntimeError if a file of a checkpoint is another after the block, which reads it, than before."""
     before = _versions(folder)
 
     def check() -> None:
@@ -204,10 +205,11 @@ def unchanged(folder: Path) -> Iterator[None]:
 
 def _versions(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = {}
-    for file in (folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")):
-        with suppress(OSError):
-            stat = file.stat()
-            found[file.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    for pattern in READ:
+        for file in folder.glob(pattern):
+            with suppress(OSError):
+                stat = file.stat()
+                found[file.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return found
 
 
