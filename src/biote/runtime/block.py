@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         x, normed = self.ops.add_norm(self.norm, x, delta, self.post_norm, into=self.qkv)
         if self.norm_dropout and self.training:
             x = normed = F.dropout(normed, self.norm_dropout)
-        qkv = self.qkv(normed).reshape(len(normed), self.heads, 3, -1)  # [T, H, 3, D]
+        qkv = self.qkv(normed).unflatten(-1, (self.heads, 3, -1))  # [T, H, 3, D]
         weights = attention_weights(qkv, rotary, packing) if keep_weights else None
         dropout = self.dropout if self.training else 0.0
         context = self.ops.attend(qkv, self.qkv, rotary, packing, dropout)  # [T, H, D]

@@ -13,7 +13,7 @@ from .block import TransformerBlock, norm_of
 from .config import EncoderConfig
 from .cuda_graphs import MAX_TOKENS, GraphedEncoder
 from .engine import layers_of, resolve_engine
-from .packing import Packing, Tokens
+from .packing import Packing, Tokens, require
 from .precision import TOKEN_MULTIPLE, layer_precisions, refuse_unsupported, runs_of, weights_of
 from .pretrained import BiotePreTrainedModel, Encoded, without_labels
 from .rope import RotaryEmbedding
@@ -57,6 +57,10 @@ class EncoderModel(BiotePreTrainedModel):
 
     def encode(self, tokens: Tokens, keep_states: bool, keep_attentions: bool) -> Encoded:
         """Run the blocks on real tokens only. The one forward calls this; users call the model."""
+        if torch.compiler.is_compiling():  # no replay, and no device to switch to: torch's own business
+            if tokens.ids is not None:
+                self._check_token_ids(tokens.ids)
+            return self._run(tokens, keep_states, keep_attentions)
         with torch.cuda.device_of(tokens.packing.positions):  # kernels run where the tensors are
             if tokens.ids is not None:
                 self._check_token_ids(tokens.ids)
@@ -85,7 +89,7 @@ class EncoderModel(BiotePreTrainedModel):
         packing = tokens.packing
         x = self.embeddings(tokens)
         self._check_engine(x)
-        count = len(x)
+        count = x.shape[0]
         rotary = self.rotary[0](packing.positions) if len(self.rotary) else None
         surplus = -count % self.token_multiple  # rows that quantised products want, past the last sequence
         if surplus:
@@ -123,19 +127,33 @@ class EncoderModel(BiotePreTrainedModel):
         if not self.token_types:
             raise ValueError(f"{type(self).__name__} has no token types; leave token_type_ids out")
         types = packing.pack(token_type_ids.to(packing.positions.device).expand(packing.shape))
-        if not 0 <= int(types.min()) <= int(types.max()) < self.token_types:
-            raise ValueError(f"token_type_ids must lie between 0 and {self.token_types - 1}")
+        in_range = ((types >= 0) & (types < self.token_types)).all()
+        require(in_range, f"token_type_ids must lie between 0 and {self.token_types - 1}")
         return types
 
     def check_positions(self, packing: Packing, given: bool) -> None:
         """ValueError for positions past the table; given: they are the caller's, not counted by us."""
         if self.max_positions is None:
             return
+        if torch.compiler.is_compiling():
+            in_range = ((packing.positions >= 0) & (packing.positions < self.max_positions)).all()
+            require(in_range, f"a position is outside the {self.max_positions} that this model has")
+            return
         if given and int(packing.positions.min()) < 0:
             raise ValueError("position_ids hold negative numbers")
         needed = int(packing.positions.max()) + 1 if given else packing.max_seqlen
         if needed > self.max_positions:
             raise ValueError(f"a sequence needs {needed} positions, but this model has {self.max_positions}")
+
+    def refuse_to_be_traced(self, keep_attentions: bool) -> None:
+        """RuntimeError for what torch.compile and torch.export cannot trace."""
+        if self.engine == "te":
+            raise RuntimeError(
+                'torch cannot trace the kernels of engine="te": load the model with engine="torch" for torch.compile '
+                "and torch.export"
+            )
+        if keep_attentions:
+            raise RuntimeError("torch cannot trace output_attentions: ask for them outside of torch.compile")
 
     def refuse_in_replica(self, packed: bool) -> None:
         """RuntimeError for what DataParallel cannot copy or split; unquantised padded rows it can."""
@@ -147,6 +165,10 @@ class EncoderModel(BiotePreTrainedModel):
             )
 
     def _check_token_ids(self, tokens: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            in_range = ((tokens >= 0) & (tokens < self.config.vocab_size)).all()
+            require(in_range, f"a token id is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
+            return
         low, high = (int(x) for x in torch.stack(tokens.aminmax()).tolist())
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high

@@ -10,7 +10,8 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 
 from .config import EncoderConfig
 from .encoder import EncoderModel
-from .losses import sequence_loss, token_loss
+from .losses import sequence_labels, sequence_loss, token_labels, token_loss
+from .packing import Packing
 from .pretrained import BiotePreTrainedModel, Encoded
 
 
@@ -26,10 +27,14 @@ class MaskedLMModel(BiotePreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.decoder = new_embeddings
 
+    def read_labels(self, labels: Tensor, packing: Packing) -> Tensor:
+        """See `token_labels`; a label is a token id."""
+        return token_labels(labels, self.config.vocab_size, packing)
+
     def outputs(self, encoded: Encoded, labels: Tensor | None) -> MaskedLMOutput:
-        """Logits [B, S, V]; loss is the mean cross-entropy over real tokens whose label (int64 [B, S]) is not -100."""
+        """Logits [B, S, V]; loss is the mean cross-entropy over real tokens whose label (int [B, S]) is not -100."""
         logits = self.lm_head(encoded.last)  # [T, V]
-        loss = token_loss(logits, labels, encoded.packing)
+        loss = token_loss(logits, labels)
         return MaskedLMOutput(loss=loss, logits=encoded.packing.unpack(logits))
 
 
@@ -46,10 +51,14 @@ class TokenClassificationModel(BiotePreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
+    def read_labels(self, labels: Tensor, packing: Packing) -> Tensor:
+        """See `token_labels`."""
+        return token_labels(labels, self.config.num_labels, packing)  # type: ignore[arg-type]
+
     def outputs(self, encoded: Encoded, labels: Tensor | None) -> TokenClassifierOutput:
-        """Logits [B, S, C]; loss is the mean cross-entropy over real tokens whose label (int64 [B, S]) is not -100."""
+        """Logits [B, S, C]; loss is the mean cross-entropy over real tokens whose label (int [B, S]) is not -100."""
         logits = self.classifier(self.dropout(encoded.last))  # [T, C]
-        loss = token_loss(logits, labels, encoded.packing)
+        loss = token_loss(logits, labels)
         return TokenClassifierOutput(loss=loss, logits=encoded.packing.unpack(logits))
 
 
@@ -60,7 +69,11 @@ class SequenceClassificationModel(BiotePreTrainedModel):
     classifier: nn.Module
     _new_head = "classifier"
 
+    def read_labels(self, labels: Tensor, packing: Packing) -> Tensor:
+        """See `sequence_labels`."""
+        return sequence_labels(labels, self.config, packing)
+
     def outputs(self, encoded: Encoded, labels: Tensor | None) -> SequenceClassifierOutput:
-        """Logits [B, C] from each sequence's first token; loss and labels: see `sequence_loss`."""
+        """Logits [B, C] from each sequence's first token; loss and labels: see `losses.py`."""
         logits = self.classifier(encoded.last[encoded.packing.first_tokens])  # [B, C]
         return SequenceClassifierOutput(loss=sequence_loss(logits, labels, self.config), logits=logits)

@@ -34,7 +34,8 @@ class TorchLayers(Layers):
     def attend(
         self, qkv: Tensor, made_by: nn.Module, rotary: Rotary | None, packing: Packing, dropout: float
     ) -> Tensor:
-        tokens, surplus = len(packing.positions), len(qkv) - len(packing.positions)
+        tokens = packing.positions.shape[0]
+        surplus = qkv.shape[0] - tokens
         q, k, v = (x[:tokens] for x in queries_keys_values(qkv, rotary))
         context = _attend(q, k, v, packing, dropout)
         return F.pad(context, (0, 0, 0, 0, 0, surplus)) if surplus else context
@@ -72,6 +73,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float) -
         context = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=1.0)
         assert isinstance(context, Tensor)  # a tuple only if more were asked for
         return context
+    if torch.compiler.is_compiling():  # which cannot know the lengths
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
+        sequence = packing.sequence_of_token()
+        together = sequence[:, None] == sequence  # [T, T]
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=together, dropout_p=dropout, scale=1.0)
+        return context[0].transpose(0, 1)
     lengths = packing.lengths
     if min(lengths) == max(lengths):
         batch = (len(lengths), lengths[0])

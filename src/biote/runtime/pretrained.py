@@ -20,6 +20,13 @@ from transformers.utils import ModelOutput
 from .packing import Packing, Tokens, plan_packing
 from .rope import RotaryEmbedding, inverse_frequencies
 
+UNUSED = (  # arguments of the originals' forward that mean nothing to an encoder, or that no port has
+    "head_mask", "encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache",
+    "cache_position", "is_causal", "seq_idx", "num_items_in_batch",
+)  # fmt: skip
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 @dataclass
 class Encoded:
@@ -57,28 +64,35 @@ class BiotePreTrainedModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         *,
+        cu_seq_lens_q_padded: Tensor | None = None,
+        cu_seq_lens_k_padded: Tensor | None = None,
         labels: Tensor | None = None,
+        **unused: Any,
     ) -> ModelOutput | tuple:
         """Pack once, encode, and what the class makes of it: see `outputs`.
 
         input_ids: int [B, S], or inputs_embeds: [B, S, N]; exactly one. token_type_ids: int [B, S].
-        attention_mask, position_ids, cu_seq_lens_*, max_length_*: as of `plan_packing`.
+        attention_mask, position_ids, cu_seq_lens_*, max_length_*: as of `plan_packing`. labels: see `read_labels`.
+        unused: those of UNUSED, if None or False; anything else raises TypeError or ValueError.
         """
+        refuse_meaning(type(self).__name__, unused)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         encoder: Any = self.base_model
         if getattr(self, "_is_replica", False):  # torch's mark of DataParallel
             encoder.refuse_in_replica(packed=cu_seq_lens_q is not None)
-        packing = plan_packing(
-            inputs, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
-        )
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if torch.compiler.is_compiling():
+            encoder.refuse_to_be_traced(bool(keep_attentions))
+        bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, cu_seq_lens_q_padded, cu_seq_lens_k_padded)
+        packing = plan_packing(inputs, attention_mask, position_ids, *bounds)
+        labels = None if labels is None else self.read_labels(labels, packing)
         packed = packing.pack(inputs)
         ids, embeds = (packed, None) if inputs_embeds is None else (None, packed)
         encoder.check_positions(packing, given=position_ids is not None)
         tokens = Tokens(packing, ids, embeds, encoder.packed_types(token_type_ids, packing))
-        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         encoded = encoder.encode(tokens, bool(keep_states), bool(keep_attentions))
         output = self.outputs(encoded, labels)
         for name in ("hidden_states", "attentions"):
@@ -87,6 +101,10 @@ class BiotePreTrainedModel(PreTrainedModel):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
+    def read_labels(self, labels: Tensor, packing: Packing) -> Tensor:
+        """Labels as `outputs` takes them; ValueError for what the loss could not read."""
+        raise TypeError(f"{type(self).__name__} has no loss: leave labels out")
+
     def outputs(self, encoded: Encoded, labels: Tensor | None) -> Any:
         """A ModelOutput of what the class makes of the packed states; hidden states and attentions are added to it."""
         raise TypeError(f"{type(self).__name__} has no outputs")
@@ -94,6 +112,7 @@ class BiotePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a missing weight raises ValueError instead of being drawn at random."""
+        _refuse_other_model(cls, pretrained_model_name_or_path, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -182,6 +201,31 @@ class BiotePreTrainedModel(PreTrainedModel):
                     init.uniform_(parameter, -spread, spread)
                 else:
                     init.normal_(parameter, mean=0.0, std=spread)
+
+
+def refuse_meaning(owner: str, unused: dict[str, Any]) -> None:
+    """TypeError for an argument that is none of UNUSED, ValueError for one that asks for something."""
+    for name, value in unused.items():
+        if name not in UNUSED:
+            raise TypeError(f"{owner}.forward() got an unexpected keyword argument {name!r}")
+        if value is not None and value is not False:
+            raise ValueError(f"{owner} has no use for {name}: leave it out, or None")
+
+
+def _refuse_other_model(cls: Any, name: Any, kwargs: dict[str, Any]) -> None:
+    """ValueError where a folder holds another model: transformers would fill ours with what little fits."""
+    if name is None or kwargs.get("config") is not None:
+        return
+    try:
+        where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        found = cls.config_class.get_config_dict(name, **where)[0].get("model_type")
+    except OSError:  # no config.json, as beside an adapter: transformers knows what to say
+        return
+    if found not in (None, cls.config_class.model_type):
+        raise ValueError(
+            f"{name} holds a model of type {found!r}, not {cls.config_class.model_type!r}: "
+            f"an original is converted and loaded by {cls.__name__}.from_original"
+        )
 
 
 def without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:

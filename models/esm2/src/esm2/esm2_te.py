@@ -111,11 +111,11 @@ class Esm2TEModel(EncoderModel):
         self.post_init()
 
     def predict_contacts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """tokens int64 [B, S], rows of <cls>, residues, <eos>, padded on either side -> probabilities [B, S - 2, S - 2].
+        """tokens int64 [B, S]: <cls>, residues, <eos>, padded on either side -> contact probabilities [B, S-2, S-2].
 
-        attention_mask: as of `plan_packing`; packed rows are not taken. Token c of a row, counting from 0 with its
-        padding, is contact c - 1, so that a right-padded row's residues begin at 0. The original knows right-padded
-        rows only, and leaves the <cls> of others in.
+        attention_mask: [B, S], as of `plan_packing`; rows of several sequences are not taken. What is token c of a
+        row is contact c - 1 of it: a right-padded row's residues begin at 0. Each row's contacts are those of the row
+        alone; the original's are not where rows are padded on the left, whose <cls> it leaves in.
         """
         if self.contact_head is None:
             raise ValueError("this checkpoint has no contact head: convert the original (facebook/...) to get one")
