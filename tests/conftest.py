@@ -1,11 +1,15 @@
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
+from biote import cli
 from biote.port import ModelPort, installed_ports, port_named
 from biote.testing.contract import randomize
 
@@ -34,6 +38,22 @@ def hub_cache(tmp_path, tiny_original) -> dict[str, str]:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(snapshot.name)
     return {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def biote(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Run `biote ARGUMENTS` in this process; returns (exit status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["biote", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    transformers.logging.disable_progress_bar()  # as in a pipe
+    yield call
+    transformers.logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from safetensors import SafetensorError
 
+from . import __version__
+
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+LONGEST_MESSAGE = 1200  # characters
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, context_settings=HELP)
 console = Console()
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -36,6 +40,21 @@ Dtype = Annotated[str | None, typer.Option(help=f"cast to one of {', '.join(DTYP
 ShardSize = Annotated[
     float, typer.Option("--max-shard-gb", min=0.001, max=1e6, help="largest weights file, in 10^9 bytes")
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"biote {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 @app.command("list")
@@ -132,17 +151,34 @@ def push(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="an exported folder")]) -> None:
-    """Check an exported folder against its golden values, where biote cannot be imported."""
-    from .export import verify_isolated
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="an exported folder")],
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="by the folder's own code, where neither biote nor your tokens are")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="SRC", help="instead, tensor by tensor with this original")
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+) -> None:
+    """Check an exported folder's weights against its golden values, or against an original. It runs biote's code."""
+    from .verification import compare, verify_by_its_own_code, verify_golden
 
-    verify_isolated(folder)
-    print(f"{folder} reproduces the original")
+    if against is not None:
+        count = compare(folder, against, revision, subfolder)
+        print(f"{folder} has {against}'s configuration and its {count} tensors")
+    elif run_code:
+        verify_by_its_own_code(folder)
+        print(f"{folder} reproduces the golden values in it, by its own code and verifier")
+    else:
+        verify_golden(folder)
+        print(f"{folder} reproduces the golden values in it; its own code was not run")
 
 
 def port_export(port_name: str) -> typer.Typer:
     """The command that a port's export.py is: SRC --output DIR."""
-    command = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    command = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=HELP)
 
     @command.command()
     def main(
@@ -214,10 +250,20 @@ def run(command: Callable[[], None]) -> None:
     except _Stopped as stopped:
         print(f"error: stopped by {stopped.signal.name}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
-    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("BIOTE_TRACEBACK"):
+            raise
+        expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, SafetensorError))
+        where = "" if expected else f" (unexpected {type(error).__name__}; BIOTE_TRACEBACK=1 shows where it came from)"
+        print(f"error: {_one_line(str(error)) or type(error).__name__}{where}", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(message: str) -> str:
+    """A message without line breaks, control characters and C++ stacks, and of a readable length."""
+    text = " ".join(message.partition("Exception raised from")[0].split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 4]} ..."
 
 
 def main() -> None:

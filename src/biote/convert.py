@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.initialization import no_init_weights
 
 from .files import CheckpointReader, new_folder, read_json, save_tokenizer, unchanged, write_checkpoint
 from .mapping import MappingError, Plan, Specs, refuse_nan, some_of
-from .port import TE, Format, Json, ModelPort, find_tag, identify, port_named, port_of
+from .port import TE, Format, Json, ModelPort, find_tag, identify, installed_ports, port_named, port_of
 from .tokenizer import tokenizer_like
 
 FIVE_GB = 5 * 10**9
@@ -47,17 +48,29 @@ def locate(source: str | Path, revision: str | None = None, subfolder: str | Non
     Raises FileNotFoundError or ConnectionError that say what was looked for.
     """
     path = Path(source)
+    if not str(source):
+        raise ValueError("the name of the source is empty")
     if not path.is_dir():
         tagged = find_tag(str(source))
         if tagged:
             checkpoint = tagged[1]
             source, revision = checkpoint.repo_id, revision or checkpoint.revision
             subfolder = subfolder or checkpoint.subfolder
+        elif "/" not in str(source) and (hint := _did_you_mean(str(source))):
+            raise FileNotFoundError(f"{source} is neither a folder nor a known tag{hint}")
         path = _download(str(source), revision, subfolder)
     path = path / subfolder if subfolder else path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
     return path
+
+
+def _did_you_mean(source: str) -> str:
+    """The tags or originals like what was asked for, as the end of a message; empty if none is."""
+    tags = {tag: checkpoint.repo_id for port in installed_ports().values() for tag, checkpoint in port.tags.items()}
+    names = {name.lower(): name for name in (set(tags.values()) if "/" in source else tags)}
+    close = [names[name] for name in get_close_matches(source.lower(), names)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path:
@@ -68,7 +81,8 @@ def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path
     except HFValidationError as error:
         raise FileNotFoundError(f"{repo_id} is neither a folder, nor a known tag, nor a Hub id") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"the Hub has no repository {repo_id} that you may read") from error
+        hint = _did_you_mean(repo_id)
+        raise FileNotFoundError(f"the Hub has no repository {repo_id} that you may read{hint}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise ConnectionError(f"{repo_id} is not a local folder and the Hub could not be reached: {reason}") from error
@@ -110,7 +124,7 @@ class Conversion:
             model: Any = meta_model(port.classes[self.auto], self.config)
         self.max_positions: int | None = model.base_model.max_positions
         self.names = source.keys()
-        source, self.tied = _without_copies(source, port.classes[self.auto] if to != TE else None, self.config)
+        source, self.tied = without_copies(source, port.classes[self.auto] if to != TE else None, self.config)
         self.plan: Plan = mapping.plan(source, own_state(model), "from" if to == TE else "to", where)
 
     def _read_configs(self, source: Specs, config: Json, config_kwargs: Json) -> tuple[PreTrainedConfig, Json, Format]:
@@ -206,10 +220,7 @@ def convert_into(
     max_shard_bytes: int = FIVE_GB,
 ) -> None:
     """As `convert_folder`, into a folder that exists."""
-    reader, config = CheckpointReader(source), read_json(source / "config.json")
-    if port_name:
-        config = with_architecture(port_named(port_name), config, reader.specs, str(source))
-    port, source_format, _ = identify(config, port_name)
+    port, source_format, config = read_identity(source, port_name)
     if to not in port.format_names:
         raise ValueError(f"unknown format {to!r}; {port.name} has {', '.join(port.format_names)}")
     if to == source_format:
@@ -220,6 +231,7 @@ def convert_into(
         convert_into(folder / "te", folder, to, port_name=port.name, max_shard_bytes=max_shard_bytes)
         shutil.rmtree(folder / "te")
         return
+    reader = CheckpointReader(source)
     conversion = Conversion(port, reader.specs, config, to, {}, str(source))
     tokenizer = None
     if port.build_tokenizer is not None:
@@ -235,6 +247,15 @@ def convert_into(
     conversion.write_config(folder, dtype)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+
+
+def read_identity(folder: Path, port_name: str | None = None) -> tuple[ModelPort, str, Json]:
+    """Port, format and config.json of a folder; an architecture that is not named is found by keys if the port is."""
+    config = read_json(folder / "config.json")
+    if port_name and not config.get("architectures"):
+        config = with_architecture(port_named(port_name), config, CheckpointReader(folder).specs, str(folder))
+    port, form, _ = identify(config, port_name)
+    return port, form, config
 
 
 def with_architecture(port: ModelPort, config: Json, source: Specs, where: str) -> Json:
@@ -336,7 +357,7 @@ def _refuse_outsized(config: Any, source: Specs) -> None:
         raise ValueError(f"hidden_size is {config.hidden_size}, but the largest side of a tensor is {largest}")
 
 
-def _without_copies(source: Specs, cls: type[PreTrainedModel] | None, config: Any) -> tuple[Specs, dict[str, str]]:
+def without_copies(source: Specs, cls: type[PreTrainedModel] | None, config: Any) -> tuple[Specs, dict[str, str]]:
     """A source without what other programs add: TE's states, and, if it is of our `cls`, copies that are tied.
 
     Returns also, by key, the copy in which a tensor is found too, or only.

@@ -1,23 +1,20 @@
 """The Hub folder: weights, code that runs without biote, tokenizer, golden values, card; verified in isolation."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from .convert import FIVE_GB, convert_into, locate
+from .convert import FIVE_GB, convert_into, locate, read_identity
 from .files import CheckpointReader, check_destination, new_folder, read_json, unchanged
 from .golden import capture
-from .port import TE, Json, ModelPort, find_tag, identify, installed_ports
+from .port import TE, Json, ModelPort, find_tag
 from .push import check_push, open_repository, upload
 from .runtime.verify import GOLDEN_FILE
 from .runtime.verify import __file__ as VERIFIER
+from .verification import verify_by_its_own_code
 
 REQUIREMENTS = """\
 torch>=2.11
@@ -47,7 +44,7 @@ def export(
     if push is not None:
         check_push(push)
     folder = locate(source, revision, subfolder)
-    port, form, _ = identify(read_json(folder / "config.json"), port_name)
+    port, form, _ = read_identity(folder, port_name)
     if form not in (TE, "hf"):
         raise ValueError(
             f"{source} is in the {form!r} format, which has no original implementation here to verify against"
@@ -76,42 +73,11 @@ def export(
         capture(port, original, partial / GOLDEN_FILE, provenance)
         (partial / "LICENSE").write_text(licence, encoding="utf-8")
         (partial / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-        checks = verify_isolated(partial)
+        checks = verify_by_its_own_code(partial)
         _write_card(port, card_template, partial, provenance, checks, push)
     if push is not None:
         upload(destination, push)
     return address
-
-
-def verify_isolated(folder: Path) -> list[Json]:
-    """Run the folder's own verify.py where neither biote nor any port can be imported; ValueError if it fails.
-
-    Prints what verify.py prints and returns its checks.
-    """
-    script = folder / "verify.py"
-    if not script.is_file():
-        raise FileNotFoundError(f"{script} does not exist: {folder} is not an exported folder")
-    blocked = ["biote", *(port.package for port in installed_ports().values())]
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "checks.json"
-        code = (
-            f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r})); "
-            f"sys.path.insert(0, {str(folder.absolute())!r}); "  # as for one who runs the script
-            f"sys.argv = ['verify.py', {str(folder.absolute())!r}, '--json', {str(report)!r}]; "
-            f"runpy.run_path({str(script.absolute())!r}, run_name='__main__')"
-        )
-        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        environment = {**os.environ, **quiet, "HF_MODULES_CACHE": scratch, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=scratch, env=environment, capture_output=True, text=True
-        )
-        print(done.stdout, end="")
-        if done.returncode:
-            last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"verification failed: {last_line}")
-        if not report.is_file():
-            raise ValueError(f"{script} ended without a report")
-        return json.loads(report.read_text(encoding="utf-8"))
 
 
 def _provenance(source: str, revision: str | None, subfolder: str | None) -> Json:

@@ -42,7 +42,8 @@ class Format:
     mapping: (our config, its config.json, Auto class) -> Mapping; read_config: (its config.json, keys of its weights)
     -> our config; write_config: (our config, Auto class) -> its config.json.
     build: (config.json, Auto class) -> the original implementation, its weights yet to be loaded; load: (folder,
-    Auto class, dtype) -> the same with the folder's weights, by its own means. Both None where there is none here.
+    Auto class, dtype) -> the same with the folder's weights, by its own means; config_class: its configuration. All
+    None where there is none here.
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class Format:
     write_config: Callable[[Any, str], Json]
     build: Callable[[Json, str], PreTrainedModel] | None = None
     load: Callable[[Path, str, torch.dtype], PreTrainedModel] | None = None
+    config_class: type[PreTrainedConfig] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ Shapes: B batch, S padded length, N hidden size, V vocabulary.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,46 +96,57 @@ def check_outputs(
     return checks
 
 
-def verify(folder: Path) -> list[Check]:
-    """Run the checkpoint in `folder` on its golden inputs, by every engine and dtype that this machine has."""
+def verify(folder: Path, load: Callable[..., Any] | None = None) -> list[Check]:
+    """Run the checkpoint in `folder` on its golden inputs, by every engine and dtype that this machine has.
+
+    load: (Auto class, dtype=, and fields of the configuration) -> the model; by default by the folder's own code.
+    """
     golden, provenance = read_golden(folder / GOLDEN_FILE)
-    auto = getattr(transformers, provenance["auto_class"])
+    load = partial(load or partial(_load_by_its_own_code, folder), provenance["auto_class"])
     exact = {"layer_precision": "bf16", "quantized_weights": False}  # whatever layers its last user quantised
     runs = [("torch", "cpu", "float64"), ("torch", "cpu", "float32"), ("torch", "cpu", "bfloat16")]
     if torch.cuda.is_available():
-        engine = auto.from_pretrained(folder, trust_remote_code=True, **exact).base_model.engine
+        engine = load(dtype=torch.bfloat16, engine="auto", **exact).base_model.engine
         runs.append((engine, "cuda", "bfloat16"))
     checks = []
     for engine, device, dtype in runs:
-        model = auto.from_pretrained(folder, trust_remote_code=True, engine=engine, dtype=DTYPES[dtype], **exact)
-        model = model.to(device).eval()
+        model = load(dtype=DTYPES[dtype], engine=engine, **exact).to(device).eval()
         ours = outputs_of(model, golden["input_ids"].to(device), golden["attention_mask"].to(device))
         checks += check_outputs(ours, golden, provenance["noise"], dtype, engine)
     return checks
 
 
-def main() -> None:
-    """Print one line a check; exit status 1 if any failed."""
-    parser = argparse.ArgumentParser(description="Check a checkpoint against the original's golden values.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--json", type=Path, help="also write the checks to this file")
-    arguments = parser.parse_args()
-    try:
-        checks = verify(arguments.folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
-    except KeyError as error:
-        sys.exit(f"error: {GOLDEN_FILE} lacks {error}")
+def _load_by_its_own_code(folder: Path, auto: str, **how: Any) -> Any:
+    return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, **how)
+
+
+def report(checks: list[Check]) -> None:
+    """Print one line a check; ValueError if any failed."""
     print(f"{'engine':8}{'dtype':10}{'quantity':20}{'error':>12}{'allowed':>12}")
     for check in checks:
         verdict = "ok" if check.passed else "FAILED"
         print(
             f"{check.engine:8}{check.dtype:10}{check.quantity:20}{check.error:12.3g}{check.allowed:12.3g}  {verdict}"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(check) for check in checks]), encoding="utf-8")
-    if not all(check.passed for check in checks):
-        sys.exit("the checkpoint does not reproduce the original's golden values")
+    if not checks or not all(check.passed for check in checks):
+        raise ValueError("the checkpoint does not reproduce the original's golden values")
+
+
+def main() -> None:
+    """Verify, print one line a check, exit with status 1 if any failed."""
+    parser = argparse.ArgumentParser(description="Check a checkpoint against the original's golden values.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--json", type=Path, help="also write the checks to this file")
+    arguments = parser.parse_args()
+    try:
+        checks = verify(arguments.folder)
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(check) for check in checks]), encoding="utf-8")
+        report(checks)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        sys.exit(f"error: {error}")
+    except KeyError as error:
+        sys.exit(f"error: {GOLDEN_FILE} lacks {error}")
 
 
 if __name__ == "__main__":

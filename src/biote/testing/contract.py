@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert import convert_folder, convert_model, own_state, state_specs
-from ..export import export, verify_isolated
+from ..export import export
 from ..files import INDEX, WEIGHTS, CheckpointReader
 from ..mapping import Drop, MappingError
 from ..port import TE, ModelPort
@@ -37,6 +37,7 @@ from ..runtime.verify import (
     read_golden,
     relative_l2,
 )
+from ..verification import verify_by_its_own_code, verify_golden
 
 
 @dataclass(frozen=True)
@@ -566,8 +567,9 @@ def assert_export_stands_alone(case: Case, original: Path, tmp_path: Path, capsy
     key = next(key for key, tensor in sorted(state.items()) if tensor.dim() == 2)
     state[key] = state[key] * 1.01
     save_file(state, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ValueError, match="does not reproduce"):
-        verify_isolated(folder)
+    for verify in (verify_golden, verify_by_its_own_code):
+        with pytest.raises(ValueError, match="does not reproduce"):
+            verify(folder)
 
 
 def _agree(

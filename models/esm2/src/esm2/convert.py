@@ -260,7 +260,7 @@ PORT = ModelPort(
         "AutoModelForSequenceClassification": Esm2TEForSequenceClassification,
     },
     formats={
-        "hf": Format("esm", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf, load_hf),
+        "hf": Format("esm", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf, load_hf, EsmConfig),
         "nvidia": Format("nv_esm", NVIDIA_CLASSES, nvidia_mapping, read_nvidia_config, write_nvidia_config),
     },
     tags={published[0]: _published(*published) for published in PUBLISHED},
