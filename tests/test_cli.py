@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from biote import export
+from biote import __version__, cli, export
 from biote.files import INDEX, WEIGHTS
 
 
@@ -201,3 +201,71 @@ def test_verify_refuses_a_folder_that_is_no_export(biote, source):
     status, _, error = biote("verify", source)
     assert (status, error.count("\n")) == (1, 1)
     assert "is in the 'hf' format; golden values are checked in our own" in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["convert", "-h"], ["verify", "--help"]])
+def test_help_is_asked_for_either_way(biote, arguments):
+    status, out, _ = biote(*arguments)
+    assert (status, "Usage" in out) == (0, True)
+
+
+def test_the_version(biote):
+    assert biote("--version")[:2] == (0, f"biote {__version__}\n")
+
+
+def test_python_m_biote_reads_no_module_of_the_folder_it_is_called_in(tmp_path):
+    for name in ("json", "typer", "signal"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    done = subprocess.run([sys.executable, "-m", "biote", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"biote {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("esm2_t6_8M_UR50", "did you mean esm2_t6_8M_UR50D"),
+        ("ESM2_T33_650M_UR50D", "did you mean esm2_t33_650M_UR50D"),
+        ("Amplify_120M", "did you mean AMPLIFY_120M"),
+        ("", "the name of the source is empty"),
+    ],
+)
+def test_a_name_that_is_nearly_right(biote, tmp_path, source, hint):
+    status, _, error = biote("convert", source, tmp_path / "out", "--to", "te")
+    assert (status, error.count("\n")) == (1, 1)
+    assert hint in error
+
+
+def test_an_original_is_not_loaded_as_ours(port, root):
+    golden = root / "models" / port.name / "tests" / "golden"
+    cls = port.classes["AutoModelForMaskedLM"]
+    with pytest.raises(ValueError, match=rf"holds a model of type .*loaded by {cls.__name__}\.from_original$"):
+        cls.from_pretrained(golden)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            AttributeError("no\nsuch\tthing"),
+            "error: no such thing (unexpected AttributeError; BIOTE_TRACEBACK=1 shows",
+        ),
+        (RuntimeError("bad\nException raised from x.cpp (frame #0)"), "error: bad\n"),
+        (ValueError("\x1b[31mred\x07\u202e"), "error: ?[31mred??\n"),
+        (ValueError("x" * 10**6), f"error: {'x' * 1196} ...\n"),
+        (KeyError(), "error: KeyError (unexpected KeyError"),
+    ],
+)
+def test_every_error_is_one_short_line(capsys, error, line):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(command)
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said.count("\n"), said.startswith(line)) == (1, 1, True), said
+
+
+def test_where_an_error_came_from_is_shown_if_asked_for(monkeypatch):
+    monkeypatch.setenv("BIOTE_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: print(1 / 0))
