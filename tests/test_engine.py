@@ -3,8 +3,10 @@
 The te engine is built from TransformerEngine where it can run, elsewhere from a stand-in of the same constructors.
 """
 
+import dataclasses
 import inspect
 import sys
+import typing
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -352,3 +354,11 @@ def test_rows_past_the_packed_tokens_come_out_as_zeros(lengths: list[int]) -> No
     found = layers_of("torch").attend(qkv, made_by, None, packing, 0.0)
     torch.testing.assert_close(found[:tokens], layers_of("torch").attend(qkv[:tokens], made_by, None, packing, 0.0))
     assert not found[tokens:].any()
+
+
+def test_what_forward_says_it_returns(port):
+    """sentence-transformers looks for a dataclass among the hints, and takes its fields."""
+    hints = typing.get_type_hints(port.classes["AutoModel"].forward)
+    assert {field.name for field in dataclasses.fields(hints["return"])} >= {"last_hidden_state", "hidden_states"}
+    assert "labels" not in hints
+    assert typing.get_type_hints(port.classes["AutoModelForMaskedLM"].forward)["return"] is typing.Any

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from .packing import Packing, Tokens, plan_packing
 from .rope import RotaryEmbedding, inverse_frequencies
@@ -68,7 +68,7 @@ class BiotePreTrainedModel(PreTrainedModel):
         cu_seq_lens_k_padded: Tensor | None = None,
         labels: Tensor | None = None,
         **unused: Any,
-    ) -> ModelOutput | tuple:
+    ) -> Any:
         """Pack once, encode, and what the class makes of it: see `outputs`.
 
         input_ids: int [B, S], or inputs_embeds: [B, S, N]; exactly one. token_type_ids: int [B, S].
@@ -240,4 +240,6 @@ def without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     others = [parameter for name, parameter in shown.parameters.items() if name != "labels"]
     bare.__signature__ = shown.replace(parameters=others)  # type: ignore[attr-defined]
+    bare.__annotations__ = {**forward.__annotations__, "return": BaseModelOutput}  # sentence-transformers asks for it
+    del bare.__annotations__["labels"]
     return bare
