@@ -137,6 +137,7 @@ def test_new_folder_has_the_modes_that_the_umask_says(tmp_path: Path, umask: int
         for name, mode in (("private", 0o600), ("open", 0o777), ("sub/read-only", 0o444)):
             (partial / name).touch()
             (partial / name).chmod(mode)
+        (partial / "sub").chmod(0o700)
     modes = {path.is_dir(): set() for path in (tmp_path, tmp_path / "out" / "open")}  # type: dict[bool, set[int]]
     for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
         modes[path.is_dir()].add(path.stat().st_mode & 0o777)

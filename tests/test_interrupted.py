@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from biote import cli
 from biote.files import LOCK, check_destination, new_folder
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals and locks")
@@ -53,6 +54,26 @@ def test_a_signal_leaves_nothing_behind(tmp_path, name, times):
     assert names_in(tmp_path) == []
 
 
+def test_a_second_signal_does_not_stop_the_cleaning_up(capsys):
+    cleaned = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(work)
+    assert (stopped.value.code, capsys.readouterr().err) == (143, "error: stopped by SIGTERM\n")
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     """As under nohup."""
     child = start(tmp_path / "out", "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + WORKS)
@@ -80,16 +101,16 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path):
 
 @pytest.mark.parametrize("left", [[], [LOCK], [LOCK, "new"]])
 def test_leftovers_of_every_stage_go_even_where_the_destination_exists(tmp_path, left):
-    (tmp_path / "out").mkdir()
-    place = tmp_path / ".out.partial-0123"
+    (tmp_path / "[out]*").mkdir()
+    place = tmp_path / ".[out]*.partial-0123"
     place.mkdir()
     if LOCK in left:
         (place / LOCK).touch()
     if "new" in left:
         (place / "new" / "sub").mkdir(parents=True)
     with pytest.raises(FileExistsError):
-        check_destination(tmp_path / "out")
-    assert names_in(tmp_path) == ["out"]
+        check_destination(tmp_path / "[out]*")
+    assert names_in(tmp_path) == ["[out]*"]
 
 
 def test_a_folder_that_is_not_ours_stays(tmp_path):
