@@ -175,7 +175,7 @@ class EncoderModel(BiotePreTrainedModel):
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
 
     def _check_engine(self, x: Tensor) -> None:
-        half_precision = x.dtype in (torch.float16, torch.bfloat16)
+        half_precision = x.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling()
         if x.is_cuda and half_precision and torch.cuda.get_device_capability(x.device) < (8, 0):
             raise RuntimeError("this GPU is too old for attention in 16 bits: load the model with dtype=torch.float32")
         if self.engine != "te":

@@ -192,10 +192,12 @@ def _packed_traced(
     """As `_packed` where torch traces: no padding, and instead of looking how long sequences are, max_length_q."""
     width = _width_of_packed(inputs)
     if given.max_q is None or given.q_padded is not None or given.k_padded is not None:
-        raise ValueError("torch.compile and torch.export take packed input with max_length_q, and without padding")
+        raise ValueError("torch.compile and torch.export take packed input with max_length_q and without padding")
     _check_kind("cu_seq_lens_q", given.q)
     if given.k is not None and given.k is not given.q:
         _check_kind("cu_seq_lens_k", given.k)
+        if given.k.shape != given.q.shape:
+            raise ValueError(DIFFER)
         require((given.k == given.q.to(given.k.device)).all(), DIFFER)
     if attention_mask is not None:
         require(_keep_mask(attention_mask, (1, width)).all(), "a traced model takes packed input without padding")
