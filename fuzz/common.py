@@ -46,10 +46,13 @@ class Record:
     def count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
+    def found(self, **finding: Any) -> None:
+        """Print at once, as the rest of a run may take long."""
+        self.findings.append(finding)
+        print(json.dumps(finding, indent=2), flush=True)
+
     def close(self, begun: float, output: Path | None) -> int:
         """Print, write into the folder `output` if one is named, and give the exit status."""
-        for finding in self.findings:
-            print(json.dumps(finding, indent=2))
         print(f"{self.driver}: {self.runs} runs from seed {self.seed} in {time.monotonic() - begun:.0f} s,", end=" ")
         print(", ".join(f"{count} {name}" for name, count in sorted(self.outcomes.items())), end="; ")
         print(f"{len(self.findings)} findings")

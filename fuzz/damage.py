@@ -300,7 +300,7 @@ def try_case(number: int, sources: Sources, folder: Path, record: Record) -> Non
     if wrong:
         error = ended.error.replace(str(place), "").replace(str(ROOT), "")
         error = error if len(error) < 600 else f"{error[:300]} ... {error[-300:]}"
-        record.findings.append({"case": number, "source": name, "damage": said, "wrong": wrong, "error": error})
+        record.found(case=number, source=name, damage=said, wrong=wrong, error=error)
     shutil.rmtree(place)
 
 

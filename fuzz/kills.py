@@ -142,8 +142,7 @@ def main() -> int:
                 whole = "whole" if status == 0 else "stopped"
                 record.count(f"{arguments[0]} {whole}, {number.name}")
                 if wrong:
-                    case = {"command": arguments[0], "signal": number.name, "delay": delay, "fresh": fresh}
-                    record.findings.append({**case, "wrong": wrong})
+                    record.found(command=arguments[0], signal=number.name, delay=delay, fresh=fresh, wrong=wrong)
                 shutil.rmtree(command.destination, ignore_errors=True)
     return record.close(begun, options.output)
 
