@@ -62,6 +62,7 @@ class Linear(StandIn):
     ) -> None:
         super().__init__()
         self.use_bias, self.in_features, self.out_features = bias, in_features, out_features
+        self.quantizers: dict[str, list] = {"scaling_fwd": [], "scaling_bwd": []}
         biases = {"bias": (out_features,)} if bias else {}
         self.own(device, params_dtype, weight=(out_features, in_features), **biases)
         if not bias:

@@ -23,7 +23,9 @@ class EncoderConfig(PreTrainedConfig):
     rope: rotary positions turn dimension i with i + D/2 ("half") or 2i with 2i + 1 ("pairs"); "none" has no rotation.
     post_norm: the blocks are a post-norm model's, shifted (see `block.py`).
     layer_precision: "bf16" (the model's dtype), "fp8", "mxfp8" or "nvfp4": one word for all layers, or a list.
-    fp8_recipe: "delayed", "current" or "block" scaling, for layers in "fp8".
+    fp8_recipe: for layers in "fp8", what a tensor is scaled by: "current", its own largest number; "block", those of
+        its blocks; "delayed", the largest of its kind in earlier steps of training, or at the first call its own: no
+        call in inference moves it, and numbers up to 8 times as large still fit.
     quantized_weights: hold the weights of quantised layers quantised only, for inference in half the memory; such a
         model is made by `model.with_quantized_weights()` and cannot be saved.
     cuda_graphs: replay recorded CUDA graphs in inference; what they cost and when they pay is in `cuda_graphs.py`.

@@ -5,7 +5,9 @@ whatever torch's settings say.
 Shapes: T packed tokens, H heads, D head dim, N features.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from .activations import ACTIVATIONS
 from .layers import untouched
 from .layers_torch import TorchLayers
 from .packing import Packing
+from .precision import MARGIN
 from .rope import Rotary
 
 try:
@@ -34,6 +37,8 @@ KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Any], Any
     "relu": (F.relu, relu_quantised),
     "swiglu": (swiglu, swiglu_quantised),
 }
+FORWARD, BACKWARD = "scaling_fwd", "scaling_bwd"  # TE's names of the two sets of quantizers
+LARGEST = {FORWARD: torch.finfo(torch.float8_e4m3fn).max, BACKWARD: torch.finfo(torch.float8_e5m2).max}
 FEW_TOKENS = 2048  # up to which FlashAttention is faster than cuDNN's attention
 
 
@@ -48,8 +53,12 @@ class Linear(te.Linear, _AnyLinear):
     """The product of a quantised layer.
 
     Without TE's `_extra_state` (fp8 histories, pickled), since checkpoints hold tensors only.
+    Delayed scales start from the first tensors that they are for. TE starts them at 1, where gradients vanish, and
+    leaves them there in inference.
     """
 
+    quantizers: dict[str, list]
+    init_fp8_metadata: Any
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
@@ -60,6 +69,49 @@ class Linear(te.Linear, _AnyLinear):
         super().__init__(in_features, out_features, bias=bias, device=here)  # type: ignore[call-arg]
         if not bias:
             self.bias: Any = None  # where TE has an empty tensor, and nn.Linear None
+        self._started: dict[str, list] = {}  # the quantizers, of each direction, whose scales have started
+
+    def forward(self, inp: Tensor, *arguments: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        quantised = FP8GlobalStateManager.is_fp8_enabled()
+        if quantised and not self.started(FORWARD):
+            with torch.inference_mode(False):  # scales made in that mode could not be set outside of it
+                self.init_fp8_metadata()
+            weights = [] if self.primary_weights_in_fp8 else [self.weight]
+            self._start(FORWARD, inp, *weights)
+        out = super().forward(inp, *arguments, **named)
+        if quantised and out.requires_grad and not self.started(BACKWARD):
+            out.register_hook(partial(self._start, BACKWARD))
+        return out
+
+    def started(self, direction: str) -> bool:
+        """Whether the scales of these quantizers have had their first value; new ones are made for a new recipe."""
+        return self._started.get(direction) is self.quantizers[direction]
+
+    def _start(self, direction: str, *tensors: Tensor) -> None:
+        """Set delayed scales by what is about to be quantised, in TE's order: input and weight, or gradient."""
+        if self.started(direction) or torch.cuda.is_current_stream_capturing():
+            return
+        quantizers = self.quantizers[direction]
+        pairs = [pair for pair in zip(quantizers, tensors, strict=False) if isinstance(pair[0], Float8Quantizer)]
+        fit = [_set_scale(quantizer, tensor, LARGEST[direction]) for quantizer, tensor in pairs]
+        if all(fit):
+            self._started[direction] = quantizers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        weight, quantizers = state_dict.get(f"{prefix}weight"), self.quantizers[FORWARD]
+        if weight is not None and len(quantizers) and isinstance(quantizers[1], Float8Quantizer):
+            _set_scale(quantizers[1], weight, LARGEST[FORWARD])  # before copying, which may quantise
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+@torch.no_grad()
+def _set_scale(quantizer: Float8Quantizer, tensor: Tensor, largest: float) -> bool:
+    """Set it as TE would for this tensor; False, and nothing is set, where that is all 0 or not finite."""
+    found = float(torch.linalg.vector_norm(tensor, math.inf))
+    if not 0 < found < math.inf:
+        return False
+    quantizer.scale.fill_(min(largest / found / 2**MARGIN, torch.finfo(torch.float32).max))
+    return True
 
 
 class TeLayers(TorchLayers):
@@ -112,13 +164,13 @@ def _has_kernel(norm: Any) -> bool:
 
 
 def _input_quantizer(linear: Any) -> Float8Quantizer | None:
-    """The delayed-scaling quantizer of a product's input, in inference, once TE has made it: a kernel may use it."""
+    """The delayed-scaling quantizer of a product's input, in inference, once its scale fits: a kernel may use it."""
     if not FP8GlobalStateManager.is_fp8_enabled() or torch.is_grad_enabled():
         return None
-    if linear.training or not untouched(linear, Linear):
+    if linear.training or not untouched(linear, Linear) or not linear.started(FORWARD):
         return None
-    made = linear.quantizers["scaling_fwd"]
-    return made[0] if len(made) and isinstance(made[0], Float8Quantizer) else None
+    made = linear.quantizers[FORWARD]
+    return made[0] if isinstance(made[0], Float8Quantizer) else None
 
 
 te_layers = TeLayers()

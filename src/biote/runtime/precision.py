@@ -9,6 +9,7 @@ from typing import Any
 
 PRECISIONS = ("bf16", "fp8", "mxfp8", "nvfp4")
 FP8_RECIPES = ("delayed", "current", "block")
+MARGIN = 3  # delayed scales fit numbers up to 2**MARGIN times the largest seen: the next ones may be larger
 TOKEN_MULTIPLE = 16  # quantised products need multiples of 8 or 16 tokens
 
 
@@ -51,12 +52,9 @@ def recipe_of(precision: str, fp8_recipe: str) -> Any:
     from transformer_engine.common import recipe
 
     if precision == "fp8":
-        by_name = {
-            "delayed": recipe.DelayedScaling,
-            "current": recipe.Float8CurrentScaling,
-            "block": recipe.Float8BlockScaling,
-        }
-        return by_name[fp8_recipe]()
+        if fp8_recipe == "delayed":
+            return recipe.DelayedScaling(margin=MARGIN)
+        return recipe.Float8CurrentScaling() if fp8_recipe == "current" else recipe.Float8BlockScaling()
     return recipe.MXFP8BlockScaling() if precision == "mxfp8" else recipe.NVFP4BlockScaling()
 
 
