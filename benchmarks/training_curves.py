@@ -37,7 +37,7 @@ SHORTEST, LONGEST, MEDIAN_LOG, SIGMA = 40, 512, 5.2, 0.6  # tokens of a protein,
 CHOSEN, MASKED, REPLACED = 0.15, 0.12, 0.135  # of 15% of the residues, 80% are masked and 10% replaced
 FAMILIES, CONTRAST = 8, 1.5  # chains that proteins are drawn from, standard deviation of their log-odds
 PEAK_RATE, WARM_UP_STEPS = 1e-3, 20
-LAST, WINDOW = 50, 20  # steps that the summary is over, steps that the plot's differences are averaged over
+WINDOW = 20  # steps that differences are averaged over
 SEED = 2023
 
 
@@ -194,32 +194,38 @@ def train(side: Side, model: Any, batches: list[Batch], autocast: bool) -> list[
     return torch.stack(losses).tolist()
 
 
+def smoothed(losses: dict[str, list[float]], name: str) -> Tensor:
+    """How far a side's loss is from the original's: the mean of each WINDOW steps in a row, or of all if fewer."""
+    loss, reference = (torch.tensor(losses[key], dtype=torch.float64) for key in (name, ORIGINAL.name))
+    difference = loss - reference
+    return difference.unfold(0, min(WINDOW, len(difference)), 1).mean(1)
+
+
 def summary(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Each side's loss over the last steps, and how far it is from the original's."""
-    reference = torch.tensor(losses[ORIGINAL.name])
-    last = slice(-min(LAST, len(reference)), None)
+    """Each side's loss, and where of all its steps it is farthest from the original's."""
     rows = []
     for side in SIDES:
         if side.name not in losses:
             continue
-        loss = torch.tensor(losses[side.name])
-        difference = (loss - reference)[last]
+        loss, difference = losses[side.name], smoothed(losses, side.name)
+        worst = int(difference.abs().argmax())
+        last = loss[-WINDOW:]
         rows.append({
-            "side": side.name, "noise": side.noise, "first_loss": float(loss[0]), "loss": float(loss[last].mean()),
-            "mean_abs_difference": float(difference.abs().mean()), "mean_difference": float(difference.mean()),
+            "side": side.name, "noise": side.noise, "first_loss": loss[0], "last_loss": sum(last) / len(last),
+            "largest_difference": float(difference[worst]), "window": min(WINDOW, len(loss)),
+            "from_step": worst + 1, "to_step": worst + min(WINDOW, len(loss)),
         })  # fmt: skip
     return rows
 
 
-def table(rows: list[dict[str, Any]], steps: int) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
-    lines = [f"| side | first loss | loss, last {min(LAST, steps)} steps | mean abs. difference | mean difference |"]
+    window = rows[0]["window"]
+    lines = [f"| side | first loss | loss, last {window} steps | largest mean difference of {window} steps | which |"]
     lines.append("|---" * 5 + "|")
     for row in rows:
-        losses = f"{row['first_loss']:.4f} | {row['loss']:.4f}"
-        lines.append(
-            f"| {row['side']} | {losses} | {row['mean_abs_difference']:.4f} | {row['mean_difference']:+.4f} |"
-        )
+        losses, steps = f"{row['first_loss']:.4f} | {row['last_loss']:.4f}", f"{row['from_step']} to {row['to_step']}"
+        lines.append(f"| {row['side']} | {losses} | {row['largest_difference']:+.4f} | {steps} |")
     return "\n".join(lines)
 
 
@@ -227,21 +233,18 @@ def plot(losses: dict[str, list[float]], path: Path) -> None:
     """Loss curves above, their smoothed differences to the original below; the original against itself in grey."""
     figure = Figure(figsize=(9, 9), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    reference = torch.tensor(losses[ORIGINAL.name])
-    window = min(WINDOW, max(len(reference) // 3, 1))
     styles = iter(("-", "--", ":"))
     for side in SIDES:
         if side.name not in losses:
             continue
         style: dict[str, Any] = {"color": "0.6", "linestyle": next(styles)} if side.noise else {}
         style |= {"color": "black"} if side is ORIGINAL else {}
-        loss = torch.tensor(losses[side.name])
-        above.plot(range(1, len(loss) + 1), loss.tolist(), label=side.name, linewidth=1, **style)
-        smooth = (loss - reference).unfold(0, window, 1).mean(1).tolist()
-        below.plot(range(window, len(loss) + 1), smooth, linewidth=1, **style)
+        loss, difference = losses[side.name], smoothed(losses, side.name)
+        above.plot(range(1, len(loss) + 1), loss, label=side.name, linewidth=1, **style)
+        below.plot(range(len(loss) - len(difference) + 1, len(loss) + 1), difference.tolist(), linewidth=1, **style)
     above.set_ylabel("masked-LM loss")
     above.legend(fontsize="small")
-    below.set_ylabel(f"loss - original's, mean of {window} steps")
+    below.set_ylabel(f"loss - original's, mean of {WINDOW} steps")
     below.set_xlabel("step")
     figure.savefig(path, dpi=150)
 
@@ -295,7 +298,7 @@ def main() -> None:
     why_not_te()  # imports TransformerEngine first: after torch has loaded its own cuDNN, a second copy may clash
     record = run(arguments)
     plot(record["losses"], arguments.output / "training_curves.png")
-    print(table(record["summary"], arguments.steps))
+    print(table(record["summary"]))
     if record["failed"]:
         raise SystemExit("\n".join(f"{name} failed: {why}" for name, why in record["failed"].items()))
 
