@@ -165,6 +165,13 @@ def test_what_cannot_be_traced_says_what_to_pass(case):
         torch.testing.assert_close(found.attentions, expected.attentions)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_jit_would_keep_lengths():
+    model = small("esm2")
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace would keep the example's lengths .* use torch.export"):
+        torch.jit.trace(lambda ids: model(ids).logits, (torch.arange(5, 17).view(2, 6),))
+
+
 @pytest.mark.gpu
 def test_the_te_engine_says_why_it_cannot_be_traced(on_te):
     with pytest.raises(

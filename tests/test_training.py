@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import EsmConfig, EsmForSequenceClassification, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
@@ -117,6 +118,39 @@ def test_trainer_reads_the_arguments_of_forward(tiny):
     assert find_labels(classes["AutoModel"]) == []
     with pytest.raises(TypeError, match="has no loss: leave labels out"):
         tiny.model("AutoModel")(**tiny.batch())
+
+
+def test_gradients_of_gradients_are_right_or_refused():
+    """On the torch engine, whose attention has them where it is told to be computed by its definition."""
+    model = Esm2TEForMaskedLM(Esm2TEConfig(**SHAPE, engine="torch")).double()
+    weight = model.model.layers[0].attention.qkv.weight
+
+    def slope() -> torch.Tensor:
+        return torch.autograd.grad(model(IDS, labels=IDS).loss, weight, create_graph=True)[0].square().sum()
+
+    with pytest.raises(RuntimeError, match=r"derivative for .*attention.* is not implemented"):
+        slope().backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        (found,) = torch.autograd.grad(slope(), weight)
+        step = torch.zeros_like(weight)
+        step[3, 5] = 1e-3  # the rotation rounds to float32
+        with torch.no_grad():
+            weight += step
+        above = slope().detach()
+        with torch.no_grad():
+            weight -= 2 * step
+        below = slope().detach()
+    torch.testing.assert_close(found[3, 5], (above - below) / 2e-3, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_te_engine_refuses_gradients_of_gradients(port, dtype):
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    model = port.classes["AutoModelForMaskedLM"](port.config_class(**shape, vocab_size=40, engine="te"))
+    ids, model = torch.full((2, 16), 6, device="cuda"), model.to("cuda", dtype)
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match='engine="te" has no gradients of gradients'):
+        torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)
 
 
 def replicas(model: torch.nn.Module) -> torch.nn.Module:

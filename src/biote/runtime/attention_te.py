@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from .kernels_te import rotate_in_place
+from .kernels_te import refuse_create_graph, rotate_in_place
 from .packing import Packing
 from .rope import Rotary
 
@@ -85,6 +85,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor) -> Any:
+        refuse_create_graph()
         qkv, context, *saved = ctx.saved_tensors
         q, k, v = qkv.unbind(2)
         grad_q, *_ = fused_attn_bwd(

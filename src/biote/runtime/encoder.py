@@ -146,7 +146,9 @@ class EncoderModel(BiotePreTrainedModel):
             raise ValueError(f"a sequence needs {needed} positions, but this model has {self.max_positions}")
 
     def refuse_to_be_traced(self, keep_attentions: bool) -> None:
-        """RuntimeError for what torch.compile and torch.export cannot trace."""
+        """RuntimeError for what torch.compile and torch.export cannot trace, and torch.jit only with fixed lengths."""
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace would keep the example's lengths for all others: use torch.export")
         if self.engine == "te":
             raise RuntimeError(
                 'torch cannot trace the kernels of engine="te": load the model with engine="torch" for torch.compile '

@@ -20,6 +20,12 @@ from .rope import Rotary
 NORM_BACKWARD_PROGRAMS = 528  # four for each multiprocessor of a Hopper GPU; each sums its rows' weight gradients
 
 
+def refuse_create_graph() -> None:
+    """RuntimeError in a backward under create_graph=True: torch would take this gradient for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError('engine="te" has no gradients of gradients (create_graph=True): use engine="torch"')
+
+
 @triton.jit
 def _store_fp8(at, value, inside, scale_at, amax_at):
     """Store value * scale as fp8 (E4M3) and keep the largest magnitude seen: TE's delayed scaling."""
@@ -134,6 +140,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor | None, grad_norm: Tensor | None) -> Any:
+        refuse_create_graph()
         summed, weight, statistics = ctx.saved_tensors
         rows, n = summed.shape
         grad_norm = torch.zeros_like(summed) if grad_norm is None else grad_norm.contiguous()
@@ -307,6 +314,7 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_create_graph()
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
         _gelu_backward_kernel[(triton.cdiv(x.numel(), ACTIVATION_BLOCK),)](
@@ -397,6 +405,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_create_graph()
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
         rows, width = grad.shape

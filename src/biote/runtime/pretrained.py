@@ -84,7 +84,7 @@ class BiotePreTrainedModel(PreTrainedModel):
             encoder.refuse_in_replica(packed=cu_seq_lens_q is not None)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             encoder.refuse_to_be_traced(bool(keep_attentions))
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, cu_seq_lens_q_padded, cu_seq_lens_k_padded)
         packing = plan_packing(inputs, attention_mask, position_ids, *bounds)
