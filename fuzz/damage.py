@@ -45,6 +45,7 @@ def config_value(draw: random.Random, folder: Path) -> str:
     config[key] = value
     if value == "DELETED":
         del config[key]
+        value = None  # as a null: what a result may have instead is nothing
     (folder / "config.json").write_text(json.dumps(config))
     return f"config.json: {key!r} is {repr(value)[:80]}"
 
