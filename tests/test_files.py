@@ -31,6 +31,7 @@ from biote.files import (
     write_checkpoint,
 )
 from biote.mapping import MappingError
+from biote.port import port_named
 
 State = dict[str, Tensor]
 EVERY_DTYPE = [
@@ -515,6 +516,18 @@ def test_a_source_that_changes_while_it_is_read(
         convert_folder(source, tmp_path / "out", "te")
     assert names_in(tmp_path) == ["source"]
     assert len(calls) > 5 or moment >= 0 or change is cut_short
+
+
+def test_a_source_that_changes_while_a_model_is_loaded(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(original, tmp_path / "source"))
+    cls = port_named("esm2").classes["AutoModelForMaskedLM"]
+    cls.from_original(source, engine="torch")  # type: ignore[attr-defined]
+    read = CheckpointReader.read
+    monkeypatch.setattr(CheckpointReader, "read", lambda *given: (rewrite(source / WEIGHTS), read(*given))[1])
+    with pytest.raises(RuntimeError, match=f"{WEIGHTS} changed while it was read"):
+        cls.from_original(source, engine="torch")  # type: ignore[attr-defined]
 
 
 def test_what_is_not_read_may_change(tmp_path: Path) -> None:

@@ -323,12 +323,13 @@ def load_original(
     port = port_of(cls)
     if port is None:
         raise ValueError(f"no installed port has the class {cls.__name__}")
-    config = read_json(folder / "config.json")
     model: Any
-    if config.get("model_type") == port.model_type(TE):
-        model = cls.from_pretrained(folder, dtype=dtype or "auto", **config_kwargs)
-    else:
-        model = _load_foreign(cls, port, folder, config, dtype, config_kwargs)
+    with unchanged(folder):
+        config = read_json(folder / "config.json")
+        if config.get("model_type") == port.model_type(TE):
+            model = cls.from_pretrained(folder, dtype=dtype or "auto", **config_kwargs)
+        else:
+            model = _load_foreign(cls, port, folder, config, dtype, config_kwargs)
     if device is None:
         device = "cuda" if model.base_model.engine == "te" else "cpu"
     return model.to(device)
