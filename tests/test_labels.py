@@ -121,12 +121,12 @@ def test_labels_cost_one_look_of_the_host(on_te, auto):
     labels = labels[:, 0] if auto == "SequenceClassification" else labels
 
     def looks(**others):
-        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             model(**batch, **others)
-        torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(warning.message) for warning in seen)
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in seen)
 
     looks(labels=labels)
     bare = looks()

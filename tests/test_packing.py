@@ -203,6 +203,14 @@ def test_padding_between_packed_sequences(case: str, given: str, dtype: torch.dt
     assert packing.unpack(packing.pack(ids)).tolist() == [[10 + c if c in columns else 0 for c in range(start)]]
 
 
+def test_a_mask_and_padding_between_sequences_both_count() -> None:
+    ids, mask = torch.arange(10, 18)[None], torch.tensor([[1, 1, 1, 1, 0, 1, 1, 1]])
+    bounds, slots = torch.tensor([0, 2, 5]), torch.tensor([0, 4, 8])
+    packing = plan_packing(ids, mask, cu_seq_lens_q=bounds, cu_seq_lens_q_padded=slots)
+    assert packing.unpack(packing.pack(ids)).tolist() == [[10, 11, 0, 0, 0, 15, 16, 0]]
+    assert packing.positions.tolist() == [0, 1, 0, 1]
+
+
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(data=st.data(), count=st.integers(1, 4))
 def test_any_mask_of_packed_sequences(data: st.DataObject, count: int) -> None:
