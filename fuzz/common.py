@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
+from transformers.utils import logging
 
 from biote import cli
 from biote.files import CheckpointReader, write_checkpoint
@@ -152,4 +154,6 @@ def shard(source: Path, destination: Path) -> None:
     write_checkpoint(destination, reader.specs, ((key, reader.read([key])[0]) for key in reader.specs), total // 2)
 
 
+disable_progress_bars()  # as the command line does before its imports, which are done here
+logging.disable_progress_bar()
 torch.set_num_threads(1)  # threads do not outlive a fork

@@ -135,12 +135,11 @@ def main() -> int:
             command = Command(arguments, Path(scratch) / str(place)) if runs else None
             for _ in range(runs):
                 number, fresh = draw.choice(SIGNALS), draw.random() < 0.1 and arguments[0] == "convert"
-                delay = draw.uniform(3, 7) if fresh else draw.uniform(0, 1.1 * command.seconds)
+                delay = draw.uniform(3, 7) if fresh else draw.uniform(0.005, 1.1 * command.seconds)
                 status = (command.kill_fresh if fresh else command.kill)(number, delay)
                 wrong = command.complaints(number, status, fresh)
                 record.runs += 1
-                whole = "whole" if status == 0 else "stopped"
-                record.count(f"{arguments[0]} {whole}, {number.name}")
+                record.count(f"{arguments[0]} {'done' if status == 0 else 'stopped by ' + number.name}")
                 if wrong:
                     record.found(command=arguments[0], signal=number.name, delay=delay, fresh=fresh, wrong=wrong)
                 shutil.rmtree(command.destination, ignore_errors=True)

@@ -247,9 +247,10 @@ def run(command: Callable[[], None]) -> None:
     try:
         with _stopped_by_signals():
             command()
-    except _Stopped as stopped:
-        print(f"error: stopped by {stopped.signal.name}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
+    except (_Stopped, KeyboardInterrupt) as stopped:  # the latter before or after we listen
+        number = stopped.signal if isinstance(stopped, _Stopped) else signal.SIGINT
+        print(f"error: stopped by {number.name}", file=sys.stderr)
+        sys.exit(128 + number)
     except Exception as error:
         if os.environ.get("BIOTE_TRACEBACK"):
             raise
