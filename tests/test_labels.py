@@ -124,8 +124,10 @@ def test_labels_cost_one_look_of_the_host(on_te, auto):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            model(**batch, **others)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                model(**batch, **others)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in seen)
 
     looks(labels=labels)

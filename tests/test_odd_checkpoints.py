@@ -281,6 +281,26 @@ def test_numbers_are_checked_against_the_file(port, golden, tmp_path, name, valu
     assert len(str(error.value)) < 1500
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("form", ["hf", "te"])
+def test_weights_are_no_integers(port, golden, tmp_path, dtype, form):
+    folder = tmp_path / form
+    shutil.copytree(golden, folder) if form == "hf" else convert_folder(golden, folder, "te")
+    state = load_file(folder / WEIGHTS)
+    key = next(key for key in sorted(state) if state[key].dim() == 2)
+    state[key] = state[key].to(dtype)
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=f"holds {str(dtype)[6:]}, where floating-point numbers are due"):
+        convert_folder(folder, tmp_path / "out", "te" if form == "hf" else "hf")
+
+
+@pytest.mark.parametrize("value", [0, -5, 10**400])
+def test_positions_that_cannot_be(tmp_path, root, value):
+    source = shutil.copytree(root / "models" / "amplify" / "tests" / "golden", tmp_path / "amplify")
+    with pytest.raises(ValueError, match=r"config\.json of .*positions cannot be"):
+        convert_folder(edit(source, max_length=value), tmp_path / "te", "te")
+
+
 def test_many_unknown_keys_are_one_short_line(esm, tmp_path):
     state = {f"stranger.{number}": torch.zeros(1) for number in range(20_000)}
     save_file({**load_file(esm / WEIGHTS), **state}, esm / WEIGHTS)

@@ -244,6 +244,7 @@ def run(command: Callable[[], None]) -> None:
     """Run a command line; an expected error becomes one line on stderr and exit status 1."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it would say of a config.json, we say in one line
     try:
         with _stopped_by_signals():
             command()

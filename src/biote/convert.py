@@ -122,7 +122,9 @@ class Conversion:
             _refuse_outsized(self.config, source)
             mapping = form.mapping(self.config, self.their_config, self.auto)
             model: Any = meta_model(port.classes[self.auto], self.config)
-        self.max_positions: int | None = model.base_model.max_positions
+            self.max_positions: int | None = model.base_model.max_positions
+            if self.max_positions is not None and not 0 < self.max_positions < 2**31:
+                raise ValueError(f"a model of {self.max_positions} positions cannot be")
         self.names = source.keys()
         source, self.tied = without_copies(source, port.classes[self.auto] if to != TE else None, self.config)
         self.plan: Plan = mapping.plan(source, own_state(model), "from" if to == TE else "to", where)

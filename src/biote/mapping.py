@@ -305,11 +305,18 @@ class Mapping:
 
 
 def _mis_shaped(found: Specs, expected: Specs) -> list[str]:
-    return [
-        f"mis-shaped {key}: {list(found[key].shape)} instead of {list(spec.shape)}"
-        for key, spec in expected.items()
-        if key in found and found[key].shape != spec.shape
+    both = {key: (found[key], spec) for key, spec in expected.items() if key in found}
+    shapes = [
+        f"mis-shaped {key}: {list(ours.shape)} instead of {list(spec.shape)}"
+        for key, (ours, spec) in both.items()
+        if ours.shape != spec.shape
     ]
+    kinds = [
+        f"{key} holds {str(ours.dtype).removeprefix('torch.')}, where floating-point numbers are due"
+        for key, (ours, spec) in both.items()
+        if spec.is_floating_point() and not ours.is_floating_point()
+    ]
+    return shapes + kinds
 
 
 def refuse_nan(key: str, tensor: Tensor) -> None:

@@ -205,7 +205,9 @@ PORT = ModelPort(
         "AutoModelForSequenceClassification": AmplifyTEForSequenceClassification,
     },
     formats={
-        "hf": Format("AMPLIFY", ARCHITECTURES, hf_mapping, read_config, write_hf_config, build_hf, load_hf, AMPLIFYConfig),
+        "hf": Format(
+            "AMPLIFY", ARCHITECTURES, hf_mapping, read_config, write_hf_config, build_hf, load_hf, AMPLIFYConfig
+        ),
         "nvidia": Format("AMPLIFY", NVIDIA_ARCHITECTURES, nvidia_mapping, read_config, write_nvidia_config),
     },
     tags={

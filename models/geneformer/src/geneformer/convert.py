@@ -175,7 +175,9 @@ PORT = ModelPort(
         "AutoModelForTokenClassification": GeneformerTEForTokenClassification,
         "AutoModelForSequenceClassification": GeneformerTEForSequenceClassification,
     },
-    formats={"hf": Format("bert", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf, load_hf, BertConfig)},
+    formats={
+        "hf": Format("bert", HF_CLASSES, hf_mapping, read_hf_config, write_hf_config, build_hf, load_hf, BertConfig)
+    },
     tags={tag: Checkpoint(REPOSITORY, PINNED, tag, **published) for tag, published in PUBLISHED.items()},
     build_tokenizer=None,
     example_inputs=((2, 17, 9, 40, 1, 23, 31, 12, 5, 3), (2, 8, 1, 30, 3)),
