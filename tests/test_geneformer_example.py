@@ -25,7 +25,7 @@ def test_from_counts_to_a_picture(tmp_path):
     assert "12 of 12 cells" in done.stdout
     assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
     spoilt = np.where(counts == counts.max(), np.nan, counts)
-    for cells, reason in ((counts[:2], "2 of 2 cells have genes to rank"), (spoilt, "cell 'cell")):
+    for cells, reason in ((counts[:2], "2 of 2 cells have genes to rank"), (spoilt, "cells.h5ad: cell 'cell")):
         anndata.AnnData(cells, obs[: len(cells)], pd.DataFrame(index=[f"G{i}" for i in range(40)])).write_h5ad(
             tmp_path / "cells.h5ad"
         )
