@@ -1,8 +1,7 @@
 """torch.compile(fullgraph=True) and torch.export of packed input give what eager gives, at every length."""
 
-from typing import Any
-
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def test_compiled_as_one_graph(on_torch):
 @pytest.mark.gpu
 def test_compiled_by_inductor(on_torch):
     """On the GPU, by its kernels and the attention that takes packed input."""
-    on_torch = replace(on_torch, tolerance=max(on_torch.tolerance, 1e-6))  # fused, float32 tables are rounded elsewhere
+    on_torch = replace(on_torch, tolerance=max(on_torch.tolerance, 1e-6))  # tables rounded elsewhere
     model = on_torch.model()
     compiled = torch.compile(model, fullgraph=True)
     for lengths in LENGTHS[:2]:
