@@ -301,6 +301,22 @@ def test_positions_that_cannot_be(tmp_path, root, value):
         convert_folder(edit(source, max_length=value), tmp_path / "te", "te")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"initializer_range": float("inf")}, {"layer_norm_eps": float("nan")}, {"label2id": 3.5}, {"id2label": "x"}],
+)
+@pytest.mark.parametrize("form", ["hf", "te"])
+def test_numbers_and_tables_that_are_none(esm, tmp_path, wrong, form):
+    if form == "te":
+        convert_folder(esm, tmp_path / "te", "te")
+    with pytest.raises(ValueError, match=r"^config\.json of .*: \w+ is (inf|nan|3\.5|'x')"):
+        convert_folder(
+            edit(tmp_path / ("te" if form == "te" else "esm"), **wrong),
+            tmp_path / "out",
+            "hf" if form == "te" else "te",
+        )
+
+
 def test_many_unknown_keys_are_one_short_line(esm, tmp_path):
     state = {f"stranger.{number}": torch.zeros(1) for number in range(20_000)}
     save_file({**load_file(esm / WEIGHTS), **state}, esm / WEIGHTS)

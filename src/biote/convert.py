@@ -4,6 +4,7 @@ A conversion reads config.json and safetensors only; it never runs a checkpoint'
 """
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -342,6 +343,11 @@ def _current_spelling(config: Json, source: Specs) -> Json:
     dtype, labels = config.get("dtype", config.get("torch_dtype")), config.get("num_labels")
     if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, which names none of torch's")
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        if name in ("id2label", "label2id") and not isinstance(value, dict | None):
+            raise ValueError(f"{name} is {value!r}, where a table of labels should be")
     changed: Json = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     if labels is not None and config.get("id2label") is None:
         most = max((spec.shape[0] for spec in source.values() if spec.dim()), default=0)
