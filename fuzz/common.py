@@ -156,4 +156,5 @@ def shard(source: Path, destination: Path) -> None:
 
 disable_progress_bars()  # as the command line does before its imports, which are done here
 logging.disable_progress_bar()
+logging.set_verbosity_error()
 torch.set_num_threads(1)  # threads do not outlive a fork
