@@ -223,7 +223,7 @@ def convert_into(
     max_shard_bytes: int = FIVE_GB,
 ) -> None:
     """As `convert_folder`, into a folder that exists."""
-    port, source_format, config = read_identity(source, port_name)
+    port, source_format, _, config = read_identity(source, port_name)
     if to not in port.format_names:
         raise ValueError(f"unknown format {to!r}; {port.name} has {', '.join(port.format_names)}")
     if to == source_format:
@@ -252,13 +252,12 @@ def convert_into(
         save_tokenizer(tokenizer, folder)
 
 
-def read_identity(folder: Path, port_name: str | None = None) -> tuple[ModelPort, str, Json]:
-    """Port, format and config.json of a folder; an architecture that is not named is found by keys if the port is."""
+def read_identity(folder: Path, port_name: str | None = None) -> tuple[ModelPort, str, str, Json]:
+    """Port, format, Auto class and config.json of a folder; one not named is found by keys if the port is."""
     config = read_json(folder / "config.json")
     if port_name and not config.get("architectures"):
         config = with_architecture(port_named(port_name), config, CheckpointReader(folder).specs, str(folder))
-    port, form, _ = identify(config, port_name)
-    return port, form, config
+    return *identify(config, port_name), config
 
 
 def with_architecture(port: ModelPort, config: Json, source: Specs, where: str) -> Json:

@@ -44,7 +44,7 @@ def export(
     if push is not None:
         check_push(push)
     folder = locate(source, revision, subfolder)
-    port, form, _ = read_identity(folder, port_name)
+    port, form, _, _ = read_identity(folder, port_name)
     if form not in (TE, "hf"):
         raise ValueError(
             f"{source} is in the {form!r} format, which has no original implementation here to verify against"

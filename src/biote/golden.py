@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from . import __version__
 from .convert import read_identity
 from .files import INDEX, CheckpointReader
-from .port import Json, ModelPort, identify
+from .port import Json, ModelPort
 from .runtime.verify import DTYPES, GOLDEN_FILE, outputs_of, relative_l2
 
 NOISE_DTYPES = ("float32", "bfloat16")
@@ -28,8 +28,7 @@ def capture(port: ModelPort, original: Path, file: Path, provenance: Json) -> No
     original: a folder in the "hf" format. provenance: what the caller knows (source, revision, seed); the original's
     class, versions and its own error at float32 and bfloat16 are added.
     """
-    _, _, config = read_identity(original, port.name)
-    auto = identify(config, port.name)[2]
+    _, _, auto, config = read_identity(original, port.name)
     inputs = port.example_batch()
     rows = (inputs["input_ids"], inputs["attention_mask"])
     load = port.formats["hf"].load

@@ -280,7 +280,7 @@ class Mapping:
         if ours is not None and direction == "from":
             problems += self._against(ours, made)
         elif ours is not None:
-            problems += _mis_shaped(known, ours)
+            problems += mis_shaped(known, ours)
         if problems:
             raise MappingError(where, problems)
         return Plan(steps, {key: torch.empty_like(spec, device="meta") for key, spec in made.items()})
@@ -296,7 +296,7 @@ class Mapping:
         makeable = {key for rule in self.rules for key in rule.ours}
         problems = [f"no rule makes {key}" for key in ours if key not in makeable]
         problems += [f"{key} is made, but the model has no such weight" for key in made if key not in ours]
-        return problems + _mis_shaped(made, ours)
+        return problems + mis_shaped(made, ours)
 
     def _canonical(self, key: str) -> str:
         for pattern, replacement in self.respell:
@@ -304,7 +304,8 @@ class Mapping:
         return key
 
 
-def _mis_shaped(found: Specs, expected: Specs) -> list[str]:
+def mis_shaped(found: Specs, expected: Specs) -> list[str]:
+    """What keeps tensors from standing for those expected, of the keys that both have."""
     both = {key: (found[key], spec) for key, spec in expected.items() if key in found}
     shapes = [
         f"mis-shaped {key}: {list(ours.shape)} instead of {list(spec.shape)}"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .convert import Conversion, locate, meta_model, own_state, without_copies
+from .convert import Conversion, locate, meta_model, own_state, read_identity, without_copies
 from .files import CheckpointReader, read_json
-from .mapping import MappingError, some_of
-from .port import TE, Json, ModelPort, identify, installed_ports
+from .mapping import MappingError, mis_shaped, some_of
+from .port import TE, Json, ModelPort, installed_ports
 from .runtime.verify import GOLDEN_FILE, Check, read_golden, report, verify
 
 SAFE_VARIABLES = (  # what a folder's own code gets to see of the environment: no tokens, no home
@@ -29,8 +29,7 @@ def verify_golden(folder: Path) -> list[Check]:
 
     The folder's own code is not run. ValueError if it fails, or holds golden values of another class.
     """
-    config = read_json(folder / "config.json")
-    port, form, auto = identify(config)
+    port, form, auto, config = read_identity(folder)
     if form != TE:
         raise ValueError(f"{folder} is in the {form!r} format; golden values are checked in our own")
     try:
@@ -92,8 +91,8 @@ def compare(folder: Path, source: str, revision: str | None = None, subfolder: s
 
     One tensor is in memory at a time. Theirs are rounded to our dtype. ValueError naming what differs.
     """
-    config, original = read_json(folder / "config.json"), locate(source, revision, subfolder)
-    port, form, auto = identify(config)
+    port, form, auto, config = read_identity(folder)
+    original = locate(source, revision, subfolder)
     if form != TE:
         raise ValueError(f"{folder} is in the {form!r} format; what is compared is a folder in our own")
     theirs, reader = CheckpointReader(original), CheckpointReader(folder)
@@ -120,9 +119,7 @@ def _ours(port: ModelPort, auto: str, config: Json, reader: CheckpointReader, fo
     expected = own_state(meta_model(cls, ours))
     problems = [f"missing {key}" for key in expected if key not in specs]
     problems += [f"unknown {key}" for key in specs if key not in expected]
-    problems += [
-        f"mis-shaped {key}" for key, spec in expected.items() if key in specs and specs[key].shape != spec.shape
-    ]
+    problems += mis_shaped(specs, expected)
     if problems:
         raise MappingError(str(folder), problems)
     return specs, {key: copy for key, copy in tied.items() if key not in reader.specs}
