@@ -62,6 +62,22 @@ def new_folder(path: Path, source: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write that becomes `path`, flushed to the disk, when the block ends well; else nothing is left.
+
+    The folder that `path` is in must be there.
+    """
+    path = Path(path)
+    check_destination(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be made: there is no folder {path.parent}")
+    with _workplace(path) as place:
+        yield place / path.name
+        _fsync(place / path.name)
+        _publish(place / path.name, path)
+
+
+@contextmanager
 def _workplace(path: Path) -> Iterator[Path]:
     """A folder beside `path` that is locked for the block and then removed."""
     place = path.absolute().parent / f"{_prefix(path)}{secrets.token_hex(4)}"
@@ -97,7 +113,7 @@ def _refuse_existing(path: Path) -> None:
         if path.name != "..":
             return
     reason = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else "exists already"
-    raise FileExistsError(f"{path} {reason}; remove it or choose another output folder")
+    raise FileExistsError(f"{path} {reason}; remove it or choose another output")
 
 
 def _prefix(path: Path) -> str:

@@ -62,6 +62,11 @@ class ModelPort:
 
     build_tokenizer: None where the model reads no text.
     example_inputs: rows for golden values, as texts the tokenizer understands, or as token ids.
+    residue_tokens: letter -> the tokens that mean this residue, whose probabilities add up, in an order common to all
+        letters; None: one token, the letter.
+    mask_letter: the letter whose tokens mask a residue, each in place of one at its own place in that order; None: the
+        tokenizer's mask token.
+    trained_tokens: the longest input of the training, special tokens included, where the model runs longer ones too.
     """
 
     name: str
@@ -74,6 +79,9 @@ class ModelPort:
     tags: MappingABC[str, Checkpoint]
     build_tokenizer: Callable[[], PreTrainedTokenizerBase] | None
     example_inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
+    residue_tokens: Callable[[str], tuple[str, ...]] | None = None
+    mask_letter: str | None = None
+    trained_tokens: int | None = None
 
     def architectures(self, format_name: str) -> MappingABC[str, str]:
         """Class name by Auto class, for a foreign format or our own."""

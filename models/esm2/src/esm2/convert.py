@@ -266,6 +266,7 @@ PORT = ModelPort(
     tags={published[0]: _published(*published) for published in PUBLISHED},
     build_tokenizer=build_tokenizer,
     example_inputs=("MKTAYIAKQRQISFVKSHFSRQ<mask>EERLGLIEVQAPIL", "GSHMLE<mask>PQ"),
+    trained_tokens=1024,
 )
 
 
