@@ -1,0 +1,1 @@
+"""The jobs people come with, for every port: they see a model through what its port declares."""
