@@ -75,7 +75,8 @@ def _did_you_mean(source: str) -> str:
 
 
 def _download(repo_id: str, revision: str | None, subfolder: str | None) -> Path:
-    wanted = [f"{subfolder}/{pattern}" for pattern in WANTED] if subfolder else WANTED
+    wanted = [*WANTED, *(name for port in installed_ports().values() for name in port.files)]
+    wanted = [f"{subfolder}/{pattern}" for pattern in wanted] if subfolder else wanted
     try:
         others = None if subfolder else ["*/*"]  # a * of a pattern stands for slashes too
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=others))
@@ -240,6 +241,9 @@ def convert_into(
     if port.build_tokenizer is not None:
         vocab_size: Any = conversion.config.vocab_size
         tokenizer = tokenizer_like(port.build_tokenizer, source, vocab_size, conversion.max_positions)
+    carried = [name for name in port.files if (source / name).is_file()]
+    for name in carried:
+        port.files[name](source / name)
     specs = conversion.specs(dtype)
     quiet = not sys.stderr.isatty()
     tensors = track(
@@ -250,6 +254,8 @@ def convert_into(
     conversion.write_config(folder, dtype)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+    for name in carried:
+        shutil.copyfile(source / name, folder / name)
 
 
 def read_identity(folder: Path, port_name: str | None = None) -> tuple[ModelPort, str, str, Json]:

@@ -57,6 +57,20 @@ class Format:
 
 
 @dataclass(frozen=True)
+class CellsRead:
+    """What `read_cells` found: the file's cells, those it wrote, and where in each the genes are.
+
+    before, after: special tokens around the genes of every cell. ids: the column that names the genes.
+    """
+
+    cells: int
+    written: int
+    before: int
+    after: int
+    ids: str
+
+
+@dataclass(frozen=True)
 class ModelPort:
     """One model: its classes by Auto class, its foreign formats, its published checkpoints, its tokenizer.
 
@@ -67,6 +81,13 @@ class ModelPort:
     mask_letter: the letter whose tokens mask a residue, each in place of one at its own place in that order; None: the
         tokenizer's mask token.
     trained_tokens: the longest input of the training, special tokens included, where the model runs longer ones too.
+    read_cells: (an .h5ad, the model's folder, a parquet file to make, layer=None, id_column=None) -> CellsRead; None
+        where the model reads no cells. The parquet has a row for each cell with something to read, in the order of
+        obs: obs_index (int64, its place in obs), id (its name in obs, a string), input_ids (list of int32), length
+        (int32). layer: where the counts are, if not in X; id_column: the column of var that names the genes. Warnings
+        count what is left out.
+    files: the port's own files beside the weights, which go with a conversion: a check of each by its name, which
+        raises ValueError.
     """
 
     name: str
@@ -82,6 +103,8 @@ class ModelPort:
     residue_tokens: Callable[[str], tuple[str, ...]] | None = None
     mask_letter: str | None = None
     trained_tokens: int | None = None
+    read_cells: Callable[..., CellsRead] | None = None
+    files: MappingABC[str, Callable[[Path], Any]] = field(default_factory=dict)
 
     def architectures(self, format_name: str) -> MappingABC[str, str]:
         """Class name by Auto class, for a foreign format or our own."""

@@ -160,7 +160,7 @@ def test_a_damaged_layer_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize("block", [1, 8, 2**18])
 @pytest.mark.parametrize("place", range(0, CELLS * KNOWN, 4))
 def test_each_place_is_checked_whatever_the_block(tmp_path, tokenizer, monkeypatch, block, place):
-    monkeypatch.setattr(sys.modules[GeneformerTokenizer.__module__], "BLOCK", block)
+    monkeypatch.setattr(sys.modules["biote_geneformer.counts"], "BLOCK", block)
     cell, gene = divmod(place, KNOWN)
     for part, value, message in (("indices", -1, rf"X/indices\[{place}\] is -1, at "), ("data", -1, "has negative")):
         cells = ones()

@@ -12,6 +12,8 @@ from biote.convert import convert_model
 from biote.mapping import Drop, FuseQKV, Mapping, Rename, Rule, Shared
 from biote.port import UNSET, Checkpoint, Format, Json, ModelPort, read_fields, refuse_other
 
+from .cells import read_cells
+from .dictionaries import MEDIANS, TOKEN_IDS, read_dictionary
 from .geneformer_te import (
     GeneformerTEConfig,
     GeneformerTEForMaskedLM,
@@ -181,6 +183,8 @@ PORT = ModelPort(
     tags={tag: Checkpoint(REPOSITORY, PINNED, tag, **published) for tag, published in PUBLISHED.items()},
     build_tokenizer=None,
     example_inputs=((2, 17, 9, 40, 1, 23, 31, 12, 5, 3), (2, 8, 1, 30, 3)),
+    read_cells=read_cells,
+    files={TOKEN_IDS: read_dictionary, MEDIANS: read_dictionary},
 )
 
 
