@@ -77,6 +77,10 @@ class GeneformerTokenizer:
     rounding makes no difference between equal values: those go by rising token id, whatever the order of genes in the
     file. V1 keeps the first 2048 genes; V2 keeps 4094, between <cls> and <eos>.
 
+    Ids are those of var["ensembl_id"]; without it (or where it holds none that the dictionary knows) of var's names, or
+    of the column of text that has the most known ids (10x: var["gene_ids"]), which a warning then names. `id_column`
+    says where they are.
+
     An id is all of its name: ENSG00000000003.15 (a version) and ENSG00000000003-1 (by var_names_make_unique) are other
     genes than ENSG00000000003, and are left out. A warning counts those that the dictionary knows without the suffix,
     with the line that strips it (then the counts of equal ids are summed); without such, a warning says if less than a
