@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from biote.apps.score import AMINO_ACIDS, score
+from biote.apps.score import AMINO_ACIDS, Scoring, score
 from biote.apps.variants import Variant, read_variant
 from biote.apps.windows import optimal, overlapping
 from biote.convert import convert_model
@@ -50,7 +50,7 @@ class Pair:
 
     def score(self, variants: list[str], sequence: str = SEQUENCE, **options: Any) -> np.ndarray:
         read = [read_variant(text, 0, sequence) for text in variants]
-        return score(self.model, self.tokenizer, [Record("p", sequence)], read, batch_tokens=100, **options)
+        return score(self.model, self.tokenizer, [Record("p", sequence)], read, Scoring(**options), batch_tokens=100)
 
 
 @pytest.fixture(scope="module", params=["amplify", "esm2"])
@@ -239,7 +239,7 @@ def test_several_proteins_and_any_order(pair):
     texts = [(1, "A4V"), (0, "A4V"), (2, "R2K"), (1, "E31W"), (0, "K2R")]
     variants = [read_variant(text, number, proteins[number].sequence) for number, text in texts]
     for method in ("masked-marginals", "wt-marginals", "pseudo-perplexity"):
-        together = score(pair.model, pair.tokenizer, proteins, variants, method=method, batch_tokens=200)
+        together = score(pair.model, pair.tokenizer, proteins, variants, Scoring(method), batch_tokens=200)
         alone = [pair.score([text], proteins[number].sequence, method=method)[0] for number, text in texts]
         np.testing.assert_allclose(together, alone, **TOLERANCE)
 
@@ -319,7 +319,7 @@ def test_a_residue_of_several_tokens(monkeypatch, method):
             log_p(wild, site, letter) for site, letter in enumerate(SEQUENCE, 1)
         )
     variant = read_variant("A4V:K2R", 0, SEQUENCE)
-    found = score(model, tokenizer, [Record("p", SEQUENCE)], [variant], method=method)
+    found = score(model, tokenizer, [Record("p", SEQUENCE)], [variant], Scoring(method))
     np.testing.assert_allclose(found, [expected], **TOLERANCE)
 
 
@@ -334,9 +334,9 @@ def test_a_residue_of_several_tokens(monkeypatch, method):
         ({"window_tokens": 5}, "window of 5 tokens is too short"),
     ],
 )
-def test_choices_that_do_not_fit(pair, options, message):
+def test_choices_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        pair.score(["A4V"], **options)
+        Scoring(**options)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: `biote list | env | convert | export | push | verify`. Errors are one line, exit status 1.
+"""The command line: `biote list | env | convert | export | push | verify | score`. Errors are one line, exit status 1.
 
 Commands import what they need when they run: torch and transformers take seconds, which `biote --help` need not.
 """
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 from safetensors import SafetensorError
+from typer.core import TyperCommand
 
 from . import __version__
 
@@ -93,6 +94,85 @@ def env() -> None:
     console.print(table)
 
 
+class _ManyNumbers(TyperCommand):
+    """A command whose --layers takes the numbers that follow: `--layers -1 12`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for arg in args:
+            follows = "--layers" in joined[-1:] or (joined[-2:-1] == ["--layers"] and arg.lstrip("-").isdigit())
+            if joined[-2:-1] == ["--layers"] and follows:
+                joined[-1] += f",{arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
+
+
+@app.command(cls=_ManyNumbers)
+def embed(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a tag, a Hub id, or a folder in any format")],
+    input_file: Annotated[
+        str,
+        typer.Argument(metavar="INPUT", help=".fasta, .csv, .tsv (also .gz), .parquet, .h5ad; - is FASTA on stdin"),
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help=".parquet, .h5, .npz, .h5ad, or a folder/")],
+    pool: Annotated[list[str], typer.Option(help="mean, max, cls or std over residues; can be repeated")] = ["mean"],  # noqa: B006
+    per_residue: Annotated[
+        bool, typer.Option("--per-residue", help="each residue's embedding, in place of pools")
+    ] = False,
+    layers: Annotated[str, typer.Option(metavar="N...", help="hidden states by number: -1 is the last")] = "-1",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, float16, float64 or fp8; auto: the checkpoint's, or bfloat16 on a GPU"),
+    ] = "auto",
+    stored: Annotated[str, typer.Option(help="what OUTPUT holds: float32 or float16")] = "float32",
+    long: Annotated[
+        str, typer.Option(help="sequences longer than the model or --max-residues: window, truncate, skip or error")
+    ] = "window",
+    max_residues: Annotated[int | None, typer.Option(help="that run at once; default: what the model can")] = None,
+    overlap: Annotated[int | None, typer.Option(help="residues that windows share; default: 256 or a quarter")] = None,
+    engine: Annotated[str, typer.Option(help="te, torch or auto")] = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs to share the work, as 0,1; or cpu. Default: one, or torchrun's")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens that run at once; default: what the device likes and has memory for"),
+    ] = None,
+    id_column: Annotated[str, typer.Option(help="of a table")] = "id",
+    sequence_column: Annotated[str, typer.Option(help="of a table")] = "sequence",
+    counts: Annotated[
+        str | None, typer.Option(help="where an .h5ad has its counts: a layer, or raw; default: X")
+    ] = None,
+    gene_column: Annotated[str | None, typer.Option(help="of an .h5ad's var, with the names of its genes")] = None,
+    port: PortName = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+) -> None:
+    """Embed sequences or cells. A run that was stopped goes on where it was."""
+    from .apps.embed import Wanted
+    from .apps.embed_files import Job
+    from .apps.workers import share
+
+    pools = tuple(name for names in pool for name in names.split(","))
+    wanted = Wanted(pools, tuple(map(_integer, layers.split(","))), per_residue, long, max_residues, overlap)
+    share(
+        Job(
+            model, Path(input_file), output, wanted, dtype, engine, stored, batch_tokens, id_column, sequence_column,
+            counts, gene_column, port, revision, subfolder,
+        ),
+        devices,
+    )  # fmt: skip
+    print(f"wrote {output}")
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--layers takes whole numbers, not {text!r}") from None
+
+
 @app.command()
 def convert(
     source: Source,
@@ -148,6 +228,72 @@ def push(
     from .push import push as push_folder
 
     print(f"uploaded to {push_folder(folder, repo_id)}")
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a tag, a Hub id, or a folder")],
+    fasta: Annotated[Path, typer.Argument(metavar="FASTA", help="the wild type, or several")],
+    variants: Annotated[
+        Path, typer.Argument(metavar="VARIANTS", help="CSV of variants like A23V:T45S; not for --scan")
+    ],
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="CSV; of --scan also .parquet")] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="another: the mean of all")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="masked-marginals, wt-marginals or pseudo-perplexity")
+    ] = "masked-marginals",
+    multi: Annotated[str, typer.Option(help="mask a variant's sites one at a time (sum) or together (joint)")] = "sum",
+    window: Annotated[
+        str | None, typer.Option(help="of long proteins: optimal or overlapping; default: the method's")
+    ] = None,
+    window_tokens: Annotated[
+        int | None, typer.Option(min=0, help="tokens of a window; 0: none; default: as the model was trained")
+    ] = None,
+    mutation_column: Annotated[str, typer.Option(help="of VARIANTS")] = "mutant",
+    id_column: Annotated[str | None, typer.Option(help="of VARIANTS, where FASTA holds several proteins")] = None,
+    offset: Annotated[int, typer.Option(help="the number of a protein's first residue")] = 1,
+    score_column: Annotated[
+        str | None, typer.Option(help="of OUTPUT; default: MODEL_METHOD, or ensemble_METHOD")
+    ] = None,
+    scan: Annotated[bool, typer.Option("--scan", help="every single substitution: MODEL FASTA OUTPUT")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="with --scan: a heat map beside OUTPUT, as .png")] = False,
+    engine: Annotated[str, typer.Option(help="te, torch or auto")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="run at once; default: what the device likes")
+    ] = None,
+) -> None:
+    """Score variants of a protein without training: how much likelier than the wild type each is."""
+    from .apps.score import Scoring
+    from .apps.score_files import Where, scan_file, score_file
+
+    scoring = Scoring(method, multi, window, window_tokens)
+    where = Where(engine, dtype, device, batch_tokens, show_progress=sys.stderr.isatty())
+    models = [model, *(more or [])]
+    if scan and output is not None:
+        raise ValueError(f"--scan takes no VARIANTS: biote score {model} {fasta} {output} --scan")
+    if not scan and output is None:
+        raise ValueError(
+            "OUTPUT is missing: biote score MODEL FASTA VARIANTS OUTPUT, or with --scan MODEL FASTA OUTPUT"
+        )
+    if plot and not scan:
+        raise ValueError("--plot draws a whole scan: add --scan")
+    if output is None:
+        for option, given in (("mutation", mutation_column != "mutant"), ("id", id_column), ("score", score_column)):
+            if given:
+                raise ValueError(f"--{option}-column is of VARIANTS, which --scan has not")
+        done = scan_file(models, fasta, variants, scoring, where, offset=offset, plot=plot)
+    else:
+        done = score_file(
+            models, fasta, variants, output, scoring, where, mutation_column=mutation_column, id_column=id_column,
+            offset=offset, score_column=score_column,
+        )  # fmt: skip
+    print(f"{done}; wrote {variants if output is None else output}")
 
 
 @app.command()

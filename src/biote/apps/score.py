@@ -29,54 +29,76 @@ PLANNED = 4096  # passes that are laid out at a time
 Key = tuple[int, tuple[int, ...], int]  # protein, sites that are masked, site that is read
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How variants are scored; ValueError for choices that there are not, or that do not go together.
+
+    method: "wt-marginals": the difference of log p between mutant and wild residue, in one pass of the wild type;
+        "masked-marginals": the same with the site masked; "pseudo-perplexity": the sum over all residues of log p of
+        the residue where it alone is masked, of the mutant less that of the wild type.
+    multi: of a variant's sites "sum" masks one at a time, "joint" all together; the differences are summed.
+    window: one of RULES, for proteins of more than window_tokens; None is the method's own, of METHODS.
+    window_tokens: special tokens included; None is the model's own (`window_of`), 0 has no windows.
+    """
+
+    method: str = "masked-marginals"
+    multi: str = "sum"
+    window: str | None = None
+    window_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", METHODS), ("multi", MULTI), ("window", (None, *RULES))):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(filter(None, known))}")
+        if self.multi == "joint" and self.method != "masked-marginals":
+            raise ValueError(
+                f"multi=joint masks a variant's sites together, which {self.method} does not: leave it out"
+            )
+        if self.window_tokens and self.window_tokens < SHORTEST:
+            raise ValueError(
+                f"a window of {self.window_tokens} tokens is too short: choose {SHORTEST} or more, or 0 for none"
+            )
+
+    @property
+    def rule(self) -> str:
+        """The windows' rule."""
+        return self.window or METHODS[self.method]
+
+    @property
+    def label(self) -> str:
+        """What the scores are called."""
+        return self.method + ("-joint" if self.multi == "joint" else "")
+
+
 def score(
     model: Any,
     tokenizer: Any,
     proteins: Sequence[Record],
     variants: Sequence[Variant],
-    *,
-    method: str = "masked-marginals",
-    multi: str = "sum",
-    window: str | None = None,
-    window_tokens: int | None = None,
+    scoring: Scoring,
     batch_tokens: int | None = None,
     show_progress: bool = False,
 ) -> np.ndarray:
     """Scores of variants, float64 [variants]: 0 is the wild type, more is likelier.
 
-    model, tokenizer: as `load` gives them for "masked-lm". proteins: the wild types, clean (see `Cleaner`).
-    method: "wt-marginals": the difference of log p between mutant and wild residue, in one pass of the wild type;
-        "masked-marginals": the same with the site masked; "pseudo-perplexity": the sum over all residues of log p of
-        the residue where it alone is masked, of the mutant less that of the wild type.
-    multi: of a variant's sites "sum" masks one at a time, "joint" all together; the differences are summed.
-    window: one of RULES for proteins of more than window_tokens; None is the method's own of METHODS.
-    window_tokens: None is the model's own (`window_of`); 0 has no windows. batch_tokens: None is `default_budget`.
-    ValueError for what does not go together and for residues that the model does not know.
+    model, tokenizer: as `biote.load` gives them for "masked-lm". proteins: the wild types, clean (see `Cleaner`).
+    batch_tokens: how many run at once; None is what suits the device. ValueError for residues that the model does not
+    know, RuntimeError for scores that are not finite and for what the device cannot hold.
     """
-    check_choices(method, multi, window, window_tokens)
     residues = Residues.of(model, tokenizer)
-    rule = window or METHODS[method]
-    reader = Reader(model, residues, proteins, rule, window_of(model, window_tokens), batch_tokens, show_progress)
+    window = window_of(model, scoring.window_tokens)
+    reader = Reader(model, residues, proteins, scoring.rule, window, batch_tokens, show_progress)
     for variant in variants:
         if unknown := residues.unknown(variant):
             raise ValueError(f"{proteins[variant.protein].id}: the model does not know the residue {unknown}")
-    scores = _pseudo_perplexity(reader, variants) if method == "pseudo-perplexity" else _marginals(
-        reader, variants, method, multi
-    )  # fmt: skip
+    if scoring.method == "pseudo-perplexity":
+        scores = _pseudo_perplexity(reader, variants)
+    else:
+        scores = _marginals(reader, variants, scoring)
     if not np.isfinite(scores).all():
         raise RuntimeError(f"the model's scores in {model.dtype} are not finite: choose another dtype")
     return scores
-
-
-def check_choices(method: str, multi: str, window: str | None, window_tokens: int | None) -> None:
-    """ValueError for a choice that there is not, or that does not go with another."""
-    for name, value, known in (("method", method, METHODS), ("multi", multi, MULTI), ("window", window, RULES)):
-        if value is not None and value not in known:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
-    if multi == "joint" and method != "masked-marginals":
-        raise ValueError(f"multi=joint masks a variant's sites together, which {method} does not: leave it out")
-    if window_tokens and window_tokens < SHORTEST:
-        raise ValueError(f"a window of {window_tokens} tokens is too short: choose {SHORTEST} or more, or 0 for none")
 
 
 def window_of(model: Any, asked: int | None = None) -> int | None:
@@ -108,8 +130,10 @@ class Residues:
     def of(cls, model: Any, tokenizer: Any) -> "Residues":
         """Of a loaded model; ValueError if it is no masked language model of proteins."""
         port = port_of(type(model))
-        if port is None or not isinstance(model, port.classes.get("AutoModelForMaskedLM", ())):
+        if port is None or type(model) is not port.classes.get("AutoModelForMaskedLM"):
             raise ValueError(f"{type(model).__name__} is no masked language model of a port")
+        if model.training:
+            raise ValueError("the model is in training mode, with dropout: call model.eval() first")
         return cls.of_port(port, tokenizer)
 
     @classmethod
@@ -240,13 +264,15 @@ class Reader:
         return batch, found.cpu().numpy()
 
 
-def _marginals(reader: Reader, variants: Sequence[Variant], method: str, multi: str) -> np.ndarray:
+def _marginals(reader: Reader, variants: Sequence[Variant], scoring: Scoring) -> np.ndarray:
     """Sums over sites of log p(mutant) less log p(wild), the wild type being around."""
     keys: list[list[Key]] = []
     for variant in variants:
         first = reader.row(variant.protein)[1] if variant.substitutions else 0
         sites = tuple(first + place for _, place, _ in variant.substitutions)
-        masks = [() if method == "wt-marginals" else sites if multi == "joint" else (site,) for site in sites]
+        masks = [sites if scoring.multi == "joint" else (site,) for site in sites]
+        if scoring.method == "wt-marginals":
+            masks = [()] * len(sites)
         keys.append([(variant.protein, masked, site) for masked, site in zip(masks, sites, strict=True)])
     reads: dict[tuple[int, int, int, tuple[int, ...]], list[tuple[int, Key, float]]] = {}
     for protein, masked, site in dict.fromkeys(key for some in keys for key in some):
@@ -259,7 +285,7 @@ def _marginals(reader: Reader, variants: Sequence[Variant], method: str, multi: 
         for (protein, start, end, inside), wanted in reads.items()
     )
     tables: dict[Key, Any] = {}
-    for one, found in reader.run(passes, len(reads), method):
+    for one, found in reader.run(passes, len(reads), scoring.method):
         for (_, key, weight), row in zip(one.reads, found, strict=True):
             tables[key] = tables.get(key, 0.0) + weight * row
     letters = reader.residues.letters

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +76,7 @@ class Table:
         place = self.header.index(name)
         return [row[place] for row in self.rows]
 
-    def with_columns(self, columns: dict[str, Sequence[str]]) -> list[list[str]]:
+    def with_columns(self, columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
         """Header and rows with further columns at the end."""
         added = zip(*columns.values(), strict=True)
         rows = (row + list(more) for row, more in zip(self.rows, added, strict=True))
@@ -131,3 +131,10 @@ def read_variants(
         others = f" (and {len(wrong) - 1:,} more such lines)" if len(wrong) > 1 else ""
         raise ValueError(f"{table.path}, {wrong[0]}{others}")
     return variants
+
+
+def scan_of(number: int, protein: Record, letters: str) -> Iterator[Variant]:
+    """Every single substitution of a protein by `letters`, residue by residue; a residue by itself changes nothing."""
+    for place, wild in enumerate(protein.sequence):
+        for mutant in letters:
+            yield Variant(number, (Substitution(wild, place, mutant),) if wild != mutant else ())
