@@ -73,7 +73,7 @@ def new_file(path: Path) -> Iterator[Path]:
         raise FileNotFoundError(f"{path} cannot be made: there is no folder {path.parent}")
     with _workplace(path) as place:
         yield place / path.name
-        _fsync(place / path.name)
+        flush(place / path.name)
         _publish(place / path.name, path)
 
 
@@ -156,6 +156,16 @@ def _flock(lock: int, wait: bool) -> bool:
     return True
 
 
+@contextmanager
+def lock_file(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that ends with this process; yields whether it is ours. Where there are no locks, it always is."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        yield fcntl is None or _flock(descriptor, wait)
+    finally:
+        os.close(descriptor)
+
+
 def _remove(place: Path) -> None:
     """The lock last: as long as anything else is there, a later run can tell that its process is dead."""
     with suppress(OSError):
@@ -172,9 +182,9 @@ def _settle(folder: Path) -> None:
         for name in names:
             file = Path(parent, name)
             file.chmod(mode & 0o666)  # safetensors writes files for the user only; copies have the original's mode
-            _fsync(file)
+            flush(file)
         os.chmod(parent, mode)
-        _fsync(Path(parent))
+        flush(Path(parent))
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -184,10 +194,11 @@ def _publish(partial: Path, path: Path) -> None:
     except OSError:
         _refuse_existing(path)  # another run was a moment faster
         raise
-    _fsync(path.absolute().parent)
+    flush(path.absolute().parent)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait till a file, or what a folder lists, is on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

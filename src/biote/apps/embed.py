@@ -5,6 +5,7 @@ the special ones), L residues of one sequence, N hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Budget, default_budget, packed, token_batches
+from ..data.batches import Budget, SequenceTooLongError, default_budget, packed, token_batches
 from ..data.sequences import Cleaner, Record
 from ..port import port_of
 from ..runtime.encoder import EncoderModel
@@ -100,22 +101,25 @@ class Embedder:
         """Token ids without special ones, int [L] each -> for each column an array for each row, in their order.
 
         The arrays are [N], or per residue [L, N]; float32, or float64 from a model in float64. done: is told the
-        residues of each batch. OutOfMemoryError if the device cannot hold a single row.
+        residues of each batch. SequenceTooLongError if the device cannot hold a single row.
         """
         if self.wanted.long == "truncate":
             rows = [row[: self.most] for row in rows]
         short = [place for place, row in enumerate(rows) if not self.is_long(len(row))]
         order: list[int] = []
         found: list[list[Tensor]] = [[] for _ in self.columns]  # on the device: the host does not wait for each batch
-        for batch, states in self._run([rows[place] for place in short]):
-            lengths = [len(rows[short[place]]) for place in batch]
-            order += [short[place] for place in batch]
-            self._add(found, states, lengths)
-            done(sum(lengths))
+        with _mapping(short):
+            for batch, states in self._run([rows[place] for place in short]):
+                lengths = [len(rows[short[place]]) for place in batch]
+                order += [short[place] for place in batch]
+                self._add(found, states, lengths)
+                done(sum(lengths))
         for place, row in enumerate(rows):
             if self.is_long(len(row)):
+                with _mapping([place] * len(row)):
+                    states = self._stitched(row)
                 order.append(place)
-                self._add(found, self._stitched(row), [len(row)])
+                self._add(found, states, [len(row)])
                 done(len(row))
         return [self._on_host(column, order) for column in found]
 
@@ -184,6 +188,15 @@ class Embedder:
             for place in batch:
                 counts[starts[place] : starts[place] + self.most] += 1
         return [_States(None if one.first is None else one.first / len(starts), one.residues / counts) for one in sums]
+
+
+@contextmanager
+def _mapping(places: Sequence[int]) -> Iterator[None]:
+    """The row that an error names, as its place among all rows."""
+    try:
+        yield
+    except SequenceTooLongError as error:
+        raise SequenceTooLongError(places[error.row]) from error
 
 
 def pool(name: str, first: Tensor | None, residues: Tensor, lengths: list[int]) -> Tensor:

@@ -42,15 +42,26 @@ def packed(rows: Sequence[np.ndarray], device: Any) -> dict[str, Any]:
     return {"input_ids": ids.to(device, non_blocking=True)[None], **bounds_of}
 
 
-def default_budget(model: Any) -> int:
-    """Tokens a batch for a model where it lies: a power of two that a quarter of the GPU's free memory holds."""
+def default_budget(model: Any, states_kept: int = 0) -> int:
+    """Tokens a batch for a model where it lies: a power of two that a quarter of the GPU's free memory holds.
+
+    states_kept: how many hidden states are kept till the batch is done.
+    """
     if model.device.type != "cuda":
         return ON_CPU
-    config = model.config
-    widths = 12 * config.hidden_size + 4 * config.intermediate_size  # alive at once within a block, generously
+    config = model.config  # what is alive at once within a block, generously:
+    widths = (12 + states_kept) * config.hidden_size + 4 * config.intermediate_size
     free = torch.cuda.mem_get_info(model.device)[0]
     fits = max(int(free / 4 / (widths * model.dtype.itemsize)), FEWEST_TOKENS)
     return min(MOST_TOKENS, 1 << (fits.bit_length() - 1))
+
+
+class SequenceTooLongError(RuntimeError):
+    """The device has not the memory for a sequence by itself; `row` is its place in what was given."""
+
+    def __init__(self, row: int):
+        super().__init__(f"the device has not the memory for sequence {row} by itself")
+        self.row = row
 
 
 class Budget:
@@ -60,9 +71,9 @@ class Budget:
         self.tokens, self.halvings = tokens, halvings
 
     def run(self, rows: list[int], lengths: Sequence[int], step: Callable[[list[int]], Any]) -> Iterator[Any]:
-        """`step` of a batch, or of its parts if the device cannot hold it whole; OutOfMemoryError of one sequence.
+        """`step` of a batch, or of its parts if the device cannot hold it whole.
 
-        rows, lengths: as `token_batches` gives and takes them.
+        rows, lengths: as `token_batches` gives and takes them. SequenceTooLongError if a part is one sequence.
         """
         todo = [rows]
         while todo:
@@ -75,9 +86,9 @@ class Budget:
             try:
                 done = step(rows)
             except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
                 done = None
+            if done is None and len(rows) == 1:
+                raise SequenceTooLongError(rows[0])
             if done is None:  # only here is nothing of the failed step alive
                 torch.cuda.empty_cache()
                 while self.tokens >> self.halvings >= sum(lengths[row] for row in rows):

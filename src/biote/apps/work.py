@@ -1,0 +1,119 @@
+"""Work that survives being killed: chunks of a job's result in a folder beside it, till all are there.
+
+Each chunk is a parquet file, flushed to the disk and then given its name, so that what has the name is whole. Who
+works at a chunk holds a lock on it, which ends with the process: any number of processes share a folder, and what a
+dead one left is taken up by another.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..files import flush, lock_file, read_json
+
+PLAN = "_plan.json"  # readers of parquet folders pass names with "_" or "." by
+NOTE = b"biote"  # key of a parquet file's metadata
+
+
+class Work:
+    """The folder of one run.
+
+    plan: what decides the numbers; a run that goes on must have the same, and takes over the rest, `defaults`, from
+    the one that began. place: where it runs; `moved` tells if it is another. ValueError if the folder is another's.
+    """
+
+    def __init__(self, folder: Path, plan: dict[str, Any], defaults: dict[str, Any], place: dict[str, Any]):
+        self.folder, self.plan, self.place, self.halvings = folder, {**defaults, **plan}, place, 0
+        self.moved: list[str] = []  # in which respects this is another place than where the run began
+        folder.mkdir(exist_ok=True)
+        with self._locked("plan"):
+            if (folder / PLAN).exists():
+                self._take_up(read_json(folder / PLAN), plan)
+            else:
+                self._save()
+
+    def _take_up(self, state: dict[str, Any], plan: dict[str, Any]) -> None:
+        before = state["plan"]
+        differing = [f"{key} was {before.get(key)}, now {new}" for key, new in plan.items() if before.get(key) != new]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds an unfinished run with other options ({'; '.join(differing)}): "
+                "give the same, or remove the folder to begin anew"
+            )
+        there = state["place"]
+        self.moved = [f"{key} {there.get(key)}, now {new}" for key, new in self.place.items() if there.get(key) != new]
+        self.plan, self.place, self.halvings = before, there, state["halvings"]
+
+    def _save(self) -> None:
+        state = {"plan": self.plan, "place": self.place, "halvings": self.halvings}
+        self._write(PLAN, (json.dumps(state, indent=2) + "\n").encode())
+
+    def note_halvings(self, halvings: int) -> None:
+        """Remember that the device could not hold more, before any result depends on it."""
+        with self._locked("plan"):
+            self.halvings = max(halvings, read_json(self.folder / PLAN)["halvings"])
+            self._save()
+
+    def shards(self) -> list[Path]:
+        """The chunks that are there, in order."""
+        return sorted(self.folder.glob("[0-9]*.parquet"))
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.parquet"
+
+    def is_done(self, number: int, digest: str) -> bool:
+        """Whether a chunk is there; ValueError if it was made of another input."""
+        if not self.path(number).exists():
+            return False
+        made_of = json.loads(pq.read_schema(self.path(number)).metadata[NOTE])["input"]
+        if made_of != digest:
+            raise ValueError(
+                f"{self.folder} holds an unfinished run over another input: its chunk {number} differs; "
+                "remove the folder to begin anew"
+            )
+        return True
+
+    @contextmanager
+    def claim(self, number: int, wait: bool) -> Iterator[bool]:
+        """Whether a chunk is ours to do for the block: not if another process is at it, unless we wait for that."""
+        name = f"{number:06}"
+        with self._locked(name, wait) as ours:
+            yield ours and not self.path(number).exists()
+        if ours:
+            with suppress(OSError):
+                (self.folder / f".{name}.lock").unlink()
+
+    def write(self, number: int, table: pa.Table, digest: str) -> None:
+        """Keep a chunk's result: after this, it is there whatever happens."""
+        table = table.replace_schema_metadata({NOTE: json.dumps({**self.plan, "input": digest})})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
+        self._write(self.path(number).name, sink.getvalue())
+
+    def _write(self, name: str, content: Any) -> None:
+        partial = self.folder / f".{name}.{os.getpid()}"
+        try:
+            partial.write_bytes(content)
+            flush(partial)
+            partial.rename(self.folder / name)
+            flush(self.folder)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        with lock_file(self.folder / f".{name}.lock", wait) as ours:
+            yield ours
+
+    def sweep(self) -> None:
+        """Remove what dead processes left, and the locks: only chunks and plan stay."""
+        for entry in self.folder.iterdir():
+            if entry.name.startswith("."):
+                entry.unlink()

@@ -1,0 +1,51 @@
+"""Several processes at one job: those that torchrun started, or one for each device asked for."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from .embed_files import Job, embed_file
+
+
+def share(job: Job, devices: str | None = None) -> None:
+    """Do the job here, or share it: with a process for each of `devices`, as "0,1"; with torchrun's others.
+
+    ValueError for a device that there is not. What a process that dies leaves is done by the others.
+    """
+    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    names = devices.split(",") if devices else []
+    places = [_device(name) for name in names]
+    if (world > 1 or len(places) > 1) and str(job.input) == "-":
+        raise ValueError("stdin cannot be shared by several processes: write it to a file first")
+    if world > 1:
+        device = places[rank % len(places)] if places else f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+        embed_file(job, device, int(os.environ.get("RANK", rank)))
+        return
+    others = [_start(rank, len(places)) for rank in range(1, len(places))]
+    try:
+        embed_file(job, places[0] if places else None)
+    finally:
+        for other in others:
+            other.terminate()
+            other.wait()
+
+
+def _start(rank: int, world: int) -> "subprocess.Popen[bytes]":
+    """The same command again, as torchrun would start it."""
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    command = [sys.executable, "-m", "biote", *sys.argv[1:]]
+    return subprocess.Popen(
+        command, env={**os.environ, **numbers}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+
+
+def _device(name: str) -> str:
+    name = name.strip()
+    if name == "cpu":
+        return name
+    there = torch.cuda.device_count()
+    if not name.isdigit() or int(name) >= there:
+        raise ValueError(f"there is no device {name!r}: give numbers of GPUs, of which torch sees {there}, or cpu")
+    return f"cuda:{name}"
