@@ -1,8 +1,14 @@
-"""Contacts of rows padded on either side are those that the original gives each row alone."""
+"""Contacts: of rows padded on either side as the original gives each row alone; in little memory; with gradients."""
+
+import copy
+from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
+
+from biote_esm2.esm2_te import Esm2TEConfig, Esm2TEModel
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[Tensor]:
@@ -54,3 +60,60 @@ def test_contacts_without_padding_need_no_mask(case, pair):
 def test_contacts_take_no_packed_rows(pair):
     with pytest.raises(TypeError, match="cu_seq_lens_q"):
         pair[1].predict_contacts(torch.tensor([[0, 5, 2, 0, 6, 2]]), cu_seq_lens_q=torch.tensor([0, 3, 6]))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that `run` held at once on the CPU, above what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(change for _, change in changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_layers_maps_are_held_at_a_time(dtype):
+    """Many layers and heads, and little else: all maps together would be 10 times one layer's."""
+    heads, length = 16, 400
+    config = Esm2TEConfig(
+        hidden_size=32, num_hidden_layers=10, num_attention_heads=heads, intermediate_size=32, engine="torch"
+    )
+    model = Esm2TEModel(config).to(dtype).eval()
+    tokens = torch.randint(4, 24, (1, length))
+    one_layer = 4 * heads * length**2  # in float32, which sums are made in
+
+    def predict() -> Tensor:
+        with torch.no_grad():
+            return model.predict_contacts(tokens)
+
+    assert one_layer < peak_bytes(predict) < 2.2 * one_layer
+
+
+def test_contacts_have_gradients(case, pair):
+    original, ours = pair
+    batch = case.batch("AutoModelForMaskedLM")
+    keep = batch["attention_mask"][:, 2:, None] * batch["attention_mask"][:, None, 2:]
+    found = []
+    for model in (original, ours):
+        model.zero_grad()
+        contacts = model.predict_contacts(batch["input_ids"], batch["attention_mask"])
+        (contacts.square() * keep).sum().backward()
+        words = model.get_input_embeddings().weight.grad
+        encoder = model.base_model.contact_head.regression
+        found.append((contacts, words, encoder.weight.grad, encoder.bias.grad))
+    for mine, reference in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-9)
+
+
+def test_autocast_and_low_dtypes_sum_in_float32(case, pair):
+    original, ours = pair
+    batch = case.batch("AutoModelForMaskedLM")
+    rows = (batch["input_ids"], batch["attention_mask"])
+    with torch.no_grad():
+        exact = original.predict_contacts(*rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = copy.deepcopy(ours).float().predict_contacts(*rows)
+        low = copy.deepcopy(ours).to(torch.bfloat16).predict_contacts(*rows)
+    for found in (under_autocast, low):
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) < 0.01

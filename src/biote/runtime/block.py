@@ -10,6 +10,7 @@ A post-norm model is this pre-norm block with its norms shifted by one, and the 
 Shapes: T packed tokens, B batch, S padded length, H heads, D head dim, N hidden size (H * D).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from .layers import Layers
 from .layers_torch import attention_weights
 from .packing import Packing
 from .rope import Rotary
+
+ReadMaps = Callable[[Tensor, Tensor | None], Tensor]  # (attention maps [B, H, S, S], what it made so far) -> what now
 
 
 def norm_of(config: Any) -> nn.Module:
@@ -41,17 +44,24 @@ class SelfAttention(nn.Module):
         self.proj = ops.linear(hidden, hidden, bias, quantised)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None, keep_weights: bool
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        packing: Packing,
+        rotary: Rotary | None,
+        read_maps: ReadMaps | None,
+        read: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream, and what attention adds to it, [T, N] each; the attention weights [B, H, S, S] if kept."""
+        """The stream, and what attention adds to it, [T, N] each; what `read_maps` makes of `read` and the maps."""
         x, normed = self.ops.add_norm(self.norm, x, delta, self.post_norm, into=self.qkv)
         if self.norm_dropout and self.training:
             x = normed = F.dropout(normed, self.norm_dropout)
         qkv = self.qkv(normed).unflatten(-1, (self.heads, 3, -1))  # [T, H, 3, D]
-        weights = attention_weights(qkv, rotary, packing) if keep_weights else None
+        if read_maps is not None:  # here, where nothing else holds the maps
+            read = read_maps(attention_weights(qkv, rotary, packing), read)
         dropout = self.dropout if self.training else 0.0
         context = self.ops.attend(qkv, self.qkv, rotary, packing, dropout)  # [T, H, D]
-        return x, self.proj(context.flatten(1)), weights
+        return x, self.proj(context.flatten(1)), read
 
 
 class FeedForward(nn.Module):
@@ -84,9 +94,18 @@ class TransformerBlock(GradientCheckpointingLayer):
         self.dropout = config.hidden_dropout_prob
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, packing: Packing, rotary: Rotary | None, keep_weights: bool = False
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        packing: Packing,
+        rotary: Rotary | None,
+        read_maps: ReadMaps | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(x, delta) -> (x, delta), [T, N] each, and the attention weights if kept; delta is None before block 0."""
-        x, delta, weights = self.attention(x, delta, packing, rotary, keep_weights)
+        """(x, delta) -> (x, delta), [T, N] each, and what `read_maps` made; delta is None before block 0.
+
+        read: what it made so far. An argument, so that gradient checkpointing knows of it.
+        """
+        x, delta, read = self.attention(x, delta, packing, rotary, read_maps, read)
         x, delta = self.mlp(x, F.dropout(delta, self.dropout, self.training))
-        return x, F.dropout(delta, self.dropout, self.training), weights
+        return x, F.dropout(delta, self.dropout, self.training), read

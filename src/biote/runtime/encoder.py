@@ -3,6 +3,8 @@
 Shapes: B batch, S padded length, T packed tokens, N hidden size.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,20 +57,23 @@ class EncoderModel(BiotePreTrainedModel):
         """Last hidden state [B, S, N], or packed [1, T, N], after the final norm; hidden_states: `original_states`."""
         return BaseModelOutput(last_hidden_state=encoded.packing.unpack(encoded.last))
 
-    def encode(self, tokens: Tokens, keep_states: bool, keep_attentions: bool) -> Encoded:
-        """Run the blocks on real tokens only. The one forward calls this; users call the model."""
+    def encode(self, tokens: Tokens, keep_states: bool, attentions: bool | Callable[..., Tensor]) -> Encoded:
+        """Run the blocks on real tokens only. The one forward calls this; users call the model.
+
+        attentions: whether to keep each layer's maps, or what reads them instead: see the one forward.
+        """
         if torch.compiler.is_compiling():  # no replay, and no device to switch to: torch's own business
             if tokens.ids is not None:
                 self._check_token_ids(tokens.ids)
-            return self._run(tokens, keep_states, keep_attentions)
+            return self._run(tokens, keep_states, attentions)
         with torch.cuda.device_of(tokens.packing.positions):  # kernels run where the tensors are
             if tokens.ids is not None:
                 self._check_token_ids(tokens.ids)
-                if self._can_replay(tokens) and not (keep_states or keep_attentions):
+                if self._can_replay(tokens) and not (keep_states or attentions):
                     last = self.graphed(self, self._last_states, tokens.ids, tokens.packing)
                     if last is not None:
                         return Encoded(last, tokens.packing)
-            return self._run(tokens, keep_states, keep_attentions)
+            return self._run(tokens, keep_states, attentions)
 
     def _can_replay(self, tokens: Tokens) -> bool:
         if not self.config.cuda_graphs or self.training or torch.is_grad_enabled() or hasattr(self, "_is_replica"):
@@ -84,7 +89,9 @@ class EncoderModel(BiotePreTrainedModel):
         self.graphed.graphs.clear()  # they hold the addresses of weights that are about to move
         return super()._apply(fn, recurse)
 
-    def _run(self, tokens: Tokens, keep_states: bool = False, keep_attentions: bool = False) -> Encoded:
+    def _run(
+        self, tokens: Tokens, keep_states: bool = False, attentions: bool | Callable[..., Tensor] = False
+    ) -> Encoded:
         """Embeddings, blocks, final norm."""
         packing = tokens.packing
         x = self.embeddings(tokens)
@@ -97,21 +104,25 @@ class EncoderModel(BiotePreTrainedModel):
             rotary = None if rotary is None else rotary.padded(surplus)
         delta: Tensor | None = None
         states: list[Tensor] = []  # the stream before each block and after the last
-        attentions = []
+        reader = attentions if callable(attentions) else _as_they_are if attentions else None
+        maps: list[Tensor] = []
+        read: Tensor | None = None  # what the reader made of the layers so far
         for run, precision in self.precision_runs:
             with precision():
                 for index in run:
                     if keep_states:
                         states.append((x if delta is None else x + delta)[:count])
-                    x, delta, weights = self.layers[index](x, delta, packing, rotary, keep_attentions)
-                    if keep_attentions:
-                        attentions.append(weights)
+                    read_maps = None if reader is None else partial(reader, index)
+                    x, delta, read = self.layers[index](x, delta, packing, rotary, read_maps, read)
+                    if attentions is True:
+                        maps.append(read)
+                        read = None
         x, delta = x[:count], None if delta is None else delta[:count]
         x, last = self.ops.add_norm(self.final_norm, x, delta, post_norm=False)
         hidden_states = None
         if keep_states:
             hidden_states = tuple(packing.unpack(state) for state in self.original_states([*states, x], last))
-        return Encoded(last, packing, hidden_states, tuple(attentions) if keep_attentions else None)
+        return Encoded(last, packing, hidden_states, tuple(maps) if maps else read)
 
     def original_states(self, states: list[Tensor], last: Tensor) -> list[Tensor]:
         """What the original calls hidden_states, from the stream before each block and after the last, and its norm.
@@ -186,3 +197,7 @@ class EncoderModel(BiotePreTrainedModel):
             raise RuntimeError('engine="te" runs on CUDA only: model.to("cuda"), or load it with engine="torch"')
         if x.dtype == torch.float64:
             raise RuntimeError('engine="te" has no float64: use engine="torch" for reference runs')
+
+
+def _as_they_are(layer: int, maps: Tensor, before: Tensor | None) -> Tensor:
+    return maps

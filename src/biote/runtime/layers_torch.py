@@ -13,6 +13,8 @@ from .layers import Layers
 from .packing import Packing
 from .rope import Rotary, rotate
 
+PIECE = 2**20  # scores that are made at once, where attention maps are asked for, or one head's
+
 
 class TorchLayers(Layers):
     """Every module is called, nothing is fused or overwritten."""
@@ -60,9 +62,11 @@ def attention_weights(qkv: Tensor, rotary: Rotary | None, packing: Packing) -> T
     pieces = (tensor[:tokens].split(packing.lengths) for tensor in (slots, q, k))
     for one, qi, ki in zip(*pieces, strict=True):
         row, columns = int(one[0]) // width, one % width
-        scores = torch.einsum("lhd,mhd->hlm", qi, ki)
-        scores = scores.softmax(-1).to(weights.dtype)  # autocast makes them float32
-        weights[row, :, columns[:, None], columns] = scores
+        heads = max(1, PIECE // len(one) ** 2)
+        for first, qh, kh in zip(range(0, q.shape[1], heads), qi.split(heads, 1), ki.split(heads, 1), strict=True):
+            scores = torch.einsum("lhd,mhd->hlm", qh, kh)
+            scores = scores.softmax(-1).to(weights.dtype)  # autocast makes them float32
+            weights[row, first : first + heads, columns[:, None], columns] = scores
     return weights
 
 

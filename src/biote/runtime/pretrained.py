@@ -35,7 +35,7 @@ class Encoded:
     last: Tensor  # [T, N], after the final norm
     packing: Packing
     hidden_states: tuple[Tensor, ...] | None = None  # in the caller's rows
-    attentions: tuple[Tensor, ...] | None = None  # [B, H, S, S] each
+    attentions: tuple[Tensor, ...] | Tensor | None = None  # maps [B, H, S, S], or what their reader made of them
 
 
 class BiotePreTrainedModel(PreTrainedModel):
@@ -60,7 +60,7 @@ class BiotePreTrainedModel(PreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | Callable[[int, Tensor, Tensor | None], Tensor] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         *,
@@ -73,6 +73,9 @@ class BiotePreTrainedModel(PreTrainedModel):
 
         input_ids: int [B, S], or inputs_embeds: [B, S, N]; exactly one. token_type_ids: int [B, S].
         attention_mask, position_ids, cu_seq_lens_*, max_length_*: as of `plan_packing`. labels: see `read_labels`.
+        output_attentions: True for the maps of all layers, [B, H, S, S] each; or a function that reads a layer's maps
+        where they are made, so that no two layers' are held at once: (layer, maps, what it returned for the layer
+        before or None) -> Tensor. Its last result is then the output's `attentions`.
         unused: those of UNUSED, if None or False; anything else raises TypeError or ValueError.
         """
         refuse_meaning(type(self).__name__, unused)
@@ -83,9 +86,9 @@ class BiotePreTrainedModel(PreTrainedModel):
         if getattr(self, "_is_replica", False):  # torch's mark of DataParallel
             encoder.refuse_in_replica(packed=cu_seq_lens_q is not None)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            encoder.refuse_to_be_traced(bool(keep_attentions))
+            encoder.refuse_to_be_traced(bool(attentions))
         bounds = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, cu_seq_lens_q_padded, cu_seq_lens_k_padded)
         packing = plan_packing(inputs, attention_mask, position_ids, *bounds)
         labels = None if labels is None else self.read_labels(labels, packing)
@@ -93,7 +96,7 @@ class BiotePreTrainedModel(PreTrainedModel):
         ids, embeds = (packed, None) if inputs_embeds is None else (None, packed)
         encoder.check_positions(packing, given=position_ids is not None)
         tokens = Tokens(packing, ids, embeds, encoder.packed_types(token_type_ids, packing))
-        encoded = encoder.encode(tokens, bool(keep_states), bool(keep_attentions))
+        encoded = encoder.encode(tokens, bool(keep_states), attentions if callable(attentions) else bool(attentions))
         output = self.outputs(encoded, labels)
         for name in ("hidden_states", "attentions"):
             if getattr(encoded, name) is not None:

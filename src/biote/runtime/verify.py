@@ -55,7 +55,7 @@ def read_golden(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def outputs_of(model: Any, input_ids: Tensor, attention_mask: Tensor, contacts: bool = True) -> dict[str, Tensor]:
     """Logits, last hidden state [B, S, N] and contacts, whichever the model has; zero at padding, float64, on the CPU.
 
-    contacts=False leaves contacts out, which need every attention map at once.
+    contacts=False leaves contacts out, which need a second pass.
     """
     with torch.no_grad():
         output = model(input_ids, attention_mask=attention_mask, output_hidden_states=True)

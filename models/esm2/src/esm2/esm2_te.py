@@ -4,6 +4,8 @@ Reproduces `transformers`' EsmModel family for ESM-2 checkpoints (rotary positio
 Shapes: B batch, S padded length, T packed tokens, N hidden size, V vocabulary, H heads.
 """
 
+from functools import partial
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -71,16 +73,32 @@ class Embeddings(nn.Module):
 
 
 class Regression(nn.Module):
-    """Weight [1, F] and bias [1], F features -> log odds. No nn.Linear: adapters of "all-linear" pass it by."""
+    """Weight [1, layers * H] and bias [1]. No nn.Linear: adapters of "all-linear" pass it by."""
 
     def __init__(self, features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, features))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., F] -> [...]."""
-        return F.linear(x, self.weight, self.bias).squeeze(-1)
+    def forward(self, residues: Tensor, layer: int, maps: Tensor) -> Tensor:
+        """What a layer's maps A [B, H, S, S] add to the log odds [B, S, S], float32 at least; the first with the bias.
+
+        That plus its transpose is the sum over heads h of w_h (P_h - s_h s_h^T / sum(s_h)), where P_h is A_h + A_h^T,
+        and s_h its row sums: products of A itself, which is neither copied nor corrected. residues: bool [B, S]; a
+        pair that is not of two residues gets the bias alone.
+        """
+        heads = maps.shape[1]
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+            weight = self.weight[0, layer * heads : (layer + 1) * heads].to(maps)  # [H]
+            keep = residues.to(maps)
+            sums = maps @ keep[:, None, :, None] + maps.mT @ keep[:, None, :, None]  # [B, H, S, 1]
+            sums = sums.squeeze(-1) * keep[:, None]
+            weighed = sums * (weight[:, None] / sums.sum(-1, keepdim=True))
+            plain = torch.bmm(weight.expand(len(maps), 1, heads), maps.flatten(2)).view(-1, *maps.shape[2:])
+            plain = plain.masked_fill(~(residues[:, None] & residues[..., None]).to(maps.device), 0.0)
+            half = torch.baddbmm(plain, weighed.mT, sums, alpha=-0.5)  # [B, S, S]
+            return half if layer else half + self.bias.to(maps) / 2
 
 
 class ContactHead(nn.Module):
@@ -90,12 +108,10 @@ class ContactHead(nn.Module):
         super().__init__()
         self.regression = Regression(config.num_hidden_layers * config.num_attention_heads)
 
-    def forward(self, attentions: Tensor) -> Tensor:
-        """attentions [B, layers * H, S, S] -> contact probabilities [B, S, S]."""
-        maps = attentions + attentions.mT
-        rows, columns, total = maps.sum(-1, keepdim=True), maps.sum(-2, keepdim=True), maps.sum((-1, -2), keepdim=True)
-        corrected = maps - rows * columns / total
-        return self.regression(corrected.permute(0, 2, 3, 1)).sigmoid()
+    def forward(self, residues: Tensor, layer: int, maps: Tensor, before: Tensor | None) -> Tensor:
+        """`Regression` of this layer and those before, [B, S, S]: layers add up, so no maps are kept."""
+        added = self.regression(residues, layer, maps).to(maps.device)
+        return added if before is None else before + added
 
 
 class Esm2TEModel(EncoderModel):
@@ -115,17 +131,18 @@ class Esm2TEModel(EncoderModel):
 
         attention_mask: [B, S], as of `plan_packing`; rows of several sequences are not taken. What is token c of a
         row is contact c - 1 of it: a right-padded row's residues begin at 0. Each row's contacts are those of the row
-        alone; the original's are not where rows are padded on the left, whose <cls> it leaves in.
+        alone; the original's are not where rows are padded on the left, whose <cls> it leaves in. Float32 at least,
+        whatever the model's dtype. One layer's maps are held at a time.
         """
         if self.contact_head is None:
             raise ValueError("this checkpoint has no contact head: convert the original (facebook/...) to get one")
-        maps = self(tokens, attention_mask=attention_mask, output_attentions=True, return_dict=True).attentions
-        stacked = torch.cat(maps, 1)  # [B, layers * H, S, S]
         special = tokens == self.config.eos_token_id  # [B, S]
         first = 0 if attention_mask is None else attention_mask.to(tokens.device).int().argmax(1, keepdim=True)
-        special = (special | (torch.arange(tokens.shape[1], device=tokens.device) == first))[:, None]  # [B, 1, S]
-        stacked = stacked.masked_fill(special[..., None] | special[..., None, :], 0.0)
-        return self.contact_head(stacked[..., 1:-1, 1:-1])
+        special = special | (torch.arange(tokens.shape[1], device=tokens.device) == first)
+        special[:, -1] = True
+        read = partial(self.contact_head, ~special)
+        found = self(tokens, attention_mask=attention_mask, output_attentions=read, return_dict=True).attentions
+        return (found + found.mT)[:, 1:-1, 1:-1].sigmoid()
 
 
 class LMHead(nn.Module):
