@@ -19,6 +19,7 @@ from .geneformer_te import (
     GeneformerTEForTokenClassification,
     GeneformerTEModel,
 )
+from .perturb import delete_genes, overexpress_genes, perturbation_similarities
 
 if TYPE_CHECKING:
     from .tokenizer import GeneformerTokenizer
@@ -33,7 +34,10 @@ __all__ = [
     "cell_embeddings",
     "convert_hf_to_te",
     "convert_te_to_hf",
+    "delete_genes",
     "gene_embeddings",
+    "overexpress_genes",
+    "perturbation_similarities",
 ]
 
 AutoConfig.register("geneformer_te", GeneformerTEConfig)

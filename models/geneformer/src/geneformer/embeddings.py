@@ -33,7 +33,7 @@ def cell_embeddings(
     """
     first_gene = len(special_tokens(version))
     means = [torch.empty(0, model.config.hidden_size)]
-    for ids, cell_of, states in _hidden_states(model, cells, layer, version, batch_tokens):
+    for ids, cell_of, states in hidden_states(model, cells, layer, version, batch_tokens):
         gene = ids >= first_gene
         count = int(cell_of[-1]) + 1
         sums = states.new_zeros(count, states.shape[1]).index_add_(0, cell_of[gene], states[gene])
@@ -60,7 +60,7 @@ def gene_embeddings(
     vocabulary, size = model.config.vocab_size, model.config.hidden_size
     sums = torch.zeros(vocabulary, size, device=model.device)
     counts = torch.zeros(vocabulary, dtype=torch.int64, device=model.device)
-    for ids, _, states in _hidden_states(model, cells, layer, version, batch_tokens):
+    for ids, _, states in hidden_states(model, cells, layer, version, batch_tokens):
         gene = ids >= first_gene
         sums.index_add_(0, ids[gene], states[gene])
         counts += torch.bincount(ids[gene], minlength=vocabulary)
@@ -68,8 +68,8 @@ def gene_embeddings(
     return present.cpu(), (sums[present] / counts[present, None]).cpu()
 
 
-def _hidden_states(
-    model: Any, given: Sequence[Sequence[int]], layer: int, version: str, batch_tokens: int
+def hidden_states(
+    model: Any, given: Sequence[Any], layer: int, version: str, batch_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of whole cells, packed: token ids [T], each one's cell in the batch [T], float32 states [T, N]."""
     encoder = next((module for module in model.modules() if isinstance(module, EncoderModel)), None)
@@ -81,7 +81,7 @@ def _hidden_states(
     if not -states_made <= layer < states_made:
         raise ValueError(f"layer={layer} is not one of the model's {states_made} hidden states")
     cells = [np.asarray(cell) for cell in given]
-    _check_cells(cells, version, model.config.pad_token_id)
+    check_cells(cells, version, model.config.pad_token_id)
     start = 0
     while start < len(cells):
         end, size = start + 1, len(cells[start])
@@ -97,7 +97,8 @@ def _hidden_states(
         start = end
 
 
-def _check_cells(cells: list[np.ndarray], version: str, padding: int) -> None:
+def check_cells(cells: list[np.ndarray], version: str, padding: int) -> None:
+    """ValueError for what is no list of token ids as the tokenizer makes them for one cell."""
     special = special_tokens(version)
     for number, cell in enumerate(cells):
         if cell.ndim == 1 and len(cell) == 0:

@@ -1,6 +1,7 @@
-"""What differs between the vocabularies of V1 and V2: the tokens that are no genes."""
+"""What differs between V1 and V2: the tokens that are no genes, and how many genes of a cell are kept."""
 
 SPECIAL_TOKENS = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}
+MOST_GENES = {"V1": 2048, "V2": 4094}
 
 
 def special_tokens(version: str) -> dict[str, int]:

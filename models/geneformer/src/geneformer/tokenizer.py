@@ -43,9 +43,9 @@ from .counts import (
 )
 from .dictionaries import MEDIANS, TOKEN_IDS, dictionaries_in, read_dictionary, version_of
 from .gene_ids import gene_ids
-from .special_tokens import special_tokens
+from .padding import Padding
+from .special_tokens import MOST_GENES, special_tokens
 
-MOST_GENES = {"V1": 2048, "V2": 4094}
 CHUNK = 1024  # cells in memory at a time
 MOST_CELLS = 500_000  # in a chunk: arrow counts a chunk's tokens in 32 bits
 MADE = ("input_ids", "length")  # the columns that the tokenizer makes
@@ -64,7 +64,7 @@ class Encoded:
     without_genes: int = 0  # no count in any gene that the dictionary knows
 
 
-class GeneformerTokenizer:
+class GeneformerTokenizer(Padding):
     """Encodes cells by the V1 or V2 rules.
 
     token_ids, medians: by Ensembl id, as dictionaries or as JSON files. `token_ids` holds the special tokens too
@@ -77,9 +77,9 @@ class GeneformerTokenizer:
     rounding makes no difference between equal values: those go by rising token id, whatever the order of genes in the
     file. V1 keeps the first 2048 genes; V2 keeps 4094, between <cls> and <eos>.
 
-    Ids are those of var["ensembl_id"]; without it (or where it holds none that the dictionary knows) of var's names, or
-    of the column of text that has the most known ids (10x: var["gene_ids"]), which a warning then names. `id_column`
-    says where they are.
+    Ids are those of var["ensembl_id"]; without it, or where it holds none that the dictionary knows, var's names, or
+    the column of text that has the most known ids (10x: var["gene_ids"]), which a warning then names. `id_column` says
+    where they are.
 
     An id is all of its name: ENSG00000000003.15 (a version) and ENSG00000000003-1 (by var_names_make_unique) are other
     genes than ENSG00000000003, and are left out. A warning counts those that the dictionary knows without the suffix,
