@@ -1,6 +1,7 @@
-"""The command line: `biote list | env | convert | export | push | verify | score`. Errors are one line, exit status 1.
+"""The command line: `biote list | env | embed | score | contacts | convert | export | push | verify`.
 
-Commands import what they need when they run: torch and transformers take seconds, which `biote --help` need not.
+Errors are one line, exit status 1. Commands import what they need when they run: torch and transformers take seconds,
+which `biote --help` need not.
 """
 
 import os
@@ -294,6 +295,33 @@ def score(
             offset=offset, score_column=score_column,
         )  # fmt: skip
     print(f"{done}; wrote {variants if output is None else output}")
+
+
+@app.command()
+def contacts(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a tag, a Hub id, or a folder")],
+    fasta: Annotated[Path, typer.Argument(metavar="FASTA", help="also .gz; - is stdin")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help=".npz: an array [L, L] for each id")],
+    plot: Annotated[
+        bool, typer.Option("--plot", help="a picture of each protein, in a folder called like OUTPUT without .npz")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="te, torch or auto")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the checkpoint's")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+    ] = None,
+    port: PortName = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+) -> None:
+    """Predict which residues of a protein touch: the probability of each pair."""
+    from .apps.contacts import contacts_file
+
+    done = contacts_file(
+        model, fasta, output, plot=plot, engine=engine, dtype=dtype, device=device,
+        port_name=port, revision=revision, subfolder=subfolder,
+    )  # fmt: skip
+    print(f"{done}; wrote {output}")
 
 
 @app.command()
