@@ -53,7 +53,7 @@ class Sequences:
 
     def __iter__(self) -> Iterator[Item]:
         self.clean = Cleaner(self.tokenizer)
-        for place, record in enumerate(read_records(self.path, *self.columns)):
+        for place, record in enumerate(read_records(self.path, *self.columns, self.name)):
             try:
                 clean = self.clean(record)
             except ValueError as error:

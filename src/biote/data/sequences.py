@@ -5,8 +5,9 @@ import gzip
 import io
 import re
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -31,16 +32,18 @@ class Record:
     sequence: str
 
 
-def read_records(path: Path | str, id_column: str = "id", sequence_column: str = "sequence") -> Iterator[Record]:
+def read_records(
+    path: Path | str, id_column: str = "id", sequence_column: str = "sequence", name: str | None = None
+) -> Iterator[Record]:
     """The records of a FASTA, CSV, TSV (each also gzipped) or parquet file, as written; "-" is FASTA on stdin.
 
     Which kind is said by the name's ending (.csv, .tsv, .parquet); all others are FASTA, whose ids are what stands
     before the first white space. The columns are those of a table. One record is in memory at a time (of parquet
-    4,096). FileNotFoundError or ValueError, with path and record, for what is missing, damaged or empty.
+    4,096). name: what errors call the file, if not by its path. FileNotFoundError or ValueError, with that and the
+    record, for what is missing, damaged or empty.
     """
     columns, path, number = (id_column, sequence_column), Path(path), 0
-    name = "stdin" if str(path) == "-" else str(path)
-    with _naming(name):
+    with _naming(name or ("stdin" if str(path) == "-" else str(path))):
         kind = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
         if kind == ".parquet":
             records = _parquet(path, *columns)
@@ -63,7 +66,7 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name} is a damaged gzip file ({error}): copy it again") from error
     except (ValueError, csv.Error, ArrowException) as error:
         raise ValueError(f"{name}: {error}") from error
@@ -96,6 +99,10 @@ def _table(path: Path, delimiter: str, id_column: str, sequence_column: str) -> 
         for row in rows:
             if row[id_column] is None or row[sequence_column] is None:
                 raise ValueError(f"line {rows.line_num} has fewer fields than the header")
+            if None in row:
+                raise ValueError(
+                    f"line {rows.line_num} has more fields than the header: quote those with a {delimiter!r}"
+                )
             yield Record(row[id_column].strip(), "".join(row[sequence_column].split()))
 
 
@@ -104,10 +111,10 @@ def _parquet(path: Path, id_column: str, sequence_column: str) -> Iterator[Recor
         raise FileNotFoundError(f"{path} does not exist")
     with pq.ParquetFile(path) as file:
         _check_columns(file.schema_arrow.names, id_column, sequence_column)
-        if not types.is_string(kind := file.schema_arrow.field(sequence_column).type) and not types.is_large_string(
-            kind
-        ):
-            raise ValueError(f"the column {sequence_column} holds {kind}, not text")
+        for column in (id_column, sequence_column):
+            kind = file.schema_arrow.field(column).type
+            if not _is_text(kind) and not (column == id_column and types.is_integer(kind)):
+                raise ValueError(f"the column {column} holds {kind}, not text")
         number = 0
         for batch in file.iter_batches(ROWS, columns=list(dict.fromkeys((id_column, sequence_column)))):
             for name, sequence in zip(
@@ -116,13 +123,20 @@ def _parquet(path: Path, id_column: str, sequence_column: str) -> Iterator[Recor
                 number += 1
                 if name is None or sequence is None:
                     raise ValueError(f"row {number} lacks its {id_column if name is None else sequence_column}")
-                yield Record(str(name), "".join(sequence.split()))
+                yield Record(str(name).strip(), "".join(sequence.split()))
 
 
-def _check_columns(names: Any, *wanted: str) -> None:
+def _is_text(kind: Any) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind  # as pandas writes categories
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _check_columns(names: Sequence[str], *wanted: str) -> None:
     for name in wanted:
         if name not in names:
             raise ValueError(f"there is no column {name!r}; it has {', '.join(names) or 'none'}")
+        if names.count(name) > 1:
+            raise ValueError(f"there are {names.count(name)} columns {name!r}")
 
 
 @dataclass
@@ -150,13 +164,11 @@ class Cleaner:
             small = sum(map(str.islower, text))
             self._count(small, "small letters read as capitals")
             text = text.upper() if text.isascii() else text
-        if text.endswith("*"):
-            text = text[:-1]
-            self._count(1, "stops (*) at the end left out")
         if not text.isalpha():
             kept = text.replace("-", "").replace(".", "").replace("~", "")
             self._count(len(text) - len(kept), "gaps left out")
-            text = kept
+            text = kept.removesuffix("*")
+            self._count(len(kept) - len(text), "stops (*) at the end left out")
         if not text:
             raise ValueError(f"{record.id} has no residues")
         if not (text.isascii() and text.isalpha()):
