@@ -48,7 +48,8 @@ class Padding:
         """Rows with input_ids -> input_ids and attention_mask, int64 [B, S], padded on the right.
 
         encoded_inputs: a list of rows, or a column by each name, as `table.to_pylist()` and `to_pydict()` give them.
-        Of other columns a tensor is made (labels, one for a cell), `length` is left out: the mask says it.
+        Of other columns a tensor is made (labels, one for a cell; fractions in float32); `length` is left out: the
+        mask says it.
         padding: True or "longest"; "max_length" pads to `max_length`. Nothing is cut: ValueError for a longer cell.
         """
         if return_tensors != "pt":
@@ -93,7 +94,8 @@ def _rows(given: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> l
 
 def _tensor(name: str, values: list[Any]) -> torch.Tensor:
     try:
-        return torch.as_tensor(np.array(values))
+        array = np.array(values)
+        return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"no tensor can be made of the column {name}, as of {values[0]!r}: leave it out, or number it (a label "
