@@ -27,10 +27,11 @@ OVERLAP = 256  # residues that two windows share, if they are long enough
 class Wanted:
     """What is to be made of each sequence.
 
-    pools: of POOLS, over residues; "cls" is the state of the special token before them. layers: numbers of hidden
-    states, -1 the last. per_residue: the residues' states themselves, in place of pools. long: what is done with
-    sequences of more residues than the model takes, or than max_residues: cut into windows that share `overlap`
-    residues (what two windows hold is the mean of both), truncated, skipped, or an error.
+    pools: of POOLS, over residues; "cls" is the state of the special token before them. layers: which of the model's
+    hidden_states, numbered as its original numbers them; -1 is the last. per_residue: the residues' states themselves,
+    in place of pools. long: what is done with sequences of more residues than the model takes, or than max_residues:
+    cut into windows that share `overlap` residues (what two windows hold is the mean of both), truncated, skipped, or
+    an error.
     """
 
     pools: tuple[str, ...] = ("mean",)
@@ -49,6 +50,8 @@ class Wanted:
         for name, values in (("pools", self.pools), ("layers", self.layers)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={values} names nothing, or something twice")
+        if self.per_residue and self.pools != ("mean",):
+            raise ValueError("per_residue gives the residues' own states: no pools can be asked for")
 
 
 @dataclass
@@ -68,8 +71,9 @@ class Embedder:
     def __init__(self, model: Any, before: np.ndarray, after: np.ndarray, wanted: Wanted, budget: Budget):
         self.encoder = encoder_of(model)
         self.before, self.after, self.wanted, self.budget = before, after, wanted, budget
-        self.layers = _numbers(wanted.layers, model.config.num_hidden_layers)
-        if "cls" in wanted.pools and not len(before) and not wanted.per_residue:
+        self.layers = _numbers(wanted.layers, len(_sources(self.encoder)))
+        self.keeps_states = states_kept(self.encoder, wanted.layers) > 0
+        if "cls" in wanted.pools and not len(before):
             raise ValueError("this model's sequences begin with no special token: there is no pool 'cls'")
         self.width: int = model.config.hidden_size
         self.most = self._most_residues()
@@ -152,9 +156,9 @@ class Embedder:
 
     @torch.inference_mode()
     def _states(self, rows: list[np.ndarray]) -> list[_States]:
-        device, final = self.encoder.device, self.encoder.config.num_hidden_layers
+        device = self.encoder.device
         batch = packed(rows, device)
-        output = self.encoder(**batch, output_hidden_states=self.layers != [final], return_dict=True)
+        output = self.encoder(**batch, output_hidden_states=self.keeps_states, return_dict=True)
         bounds = batch["cu_seq_lens_q"].long()
         residue = torch.ones(int(bounds[-1]), dtype=torch.bool)
         for place in range(len(self.before)):
@@ -165,7 +169,7 @@ class Embedder:
         of_first = bounds[:-1].to(device, non_blocking=True)
         found = []
         for layer in self.layers:
-            states = (output.last_hidden_state if layer == final else output.hidden_states[layer])[0]  # [T, N]
+            states = (output.hidden_states[layer] if self.keeps_states else output.last_hidden_state)[0]  # [T, N]
             dtype = torch.promote_types(states.dtype, torch.float32)
             first = states[of_first].to(dtype) if len(self.before) else None
             found.append(_States(first, states[of_residues].to(dtype)))
@@ -235,25 +239,31 @@ def embed(
     model: of any port, in eval mode, as `biote.load` gives it. pools, layers and so on: see `Wanted`; of several
     pools or layers the result is a dictionary by name, as mean_12. tokenizer: None is the port's own. batch_tokens:
     how many run at once; None is what suits the device. Sequences are read as `biote embed` reads them: see
-    `Cleaner`. float32, or float64 from a model in float64. ValueError names the first sequence that cannot be read.
+    `Cleaner`. float32, or float64 from a model in float64. ValueError names the first sequence that cannot be read, or
+    is too long for long="error"; "skip" is none of the choices here, where each sequence has a result.
     """
     wanted = Wanted(tuple(pools), tuple(layers), per_residue, long, max_residues, overlap)
     if isinstance(sequences, str):
         raise ValueError("one string was given: give a list of sequences")
+    if long == "skip":
+        raise ValueError("long='skip' would leave sequences without a result: leave them out before")
     tokenizer = tokenizer or tokenizer_of(model)
     clean = Cleaner(tokenizer)
-    texts = [clean(Record(f"sequence {number}", text)).sequence for number, text in enumerate(sequences)]
+    texts = []
+    for number, text in enumerate(sequences):
+        if not isinstance(text, str):
+            raise ValueError(f"sequence {number} is no string but {type(text).__name__}")
+        texts.append(clean(Record(f"sequence {number}", text)).sequence)
     before, after = special_ids(tokenizer)
-    embedder = Embedder(model, before, after, wanted, Budget(batch_tokens or default_budget(encoder_of(model))))
+    encoder = encoder_of(model)
+    budget = Budget(batch_tokens or default_budget(encoder, states_kept(encoder, wanted.layers)))
+    embedder = Embedder(model, before, after, wanted, budget)
     for number, text in enumerate(texts):
-        if embedder.is_long(len(text)) and long in ("skip", "error"):
-            raise ValueError(f"sequence {number} has {len(text)} residues, and the model takes {embedder.most}")
+        if embedder.is_long(len(text)) and long == "error":
+            raise ValueError(f"sequence {number} has {len(text):,} residues, more than the {embedder.most:,} at once")
     columns = embedder(tokenize(tokenizer, texts))
-    results = (
-        columns
-        if per_residue
-        else [np.stack(column) if column else np.empty((0, embedder.width), np.float32) for column in columns]
-    )
+    none = np.empty((0, embedder.width), np.float64 if model.dtype == torch.float64 else np.float32)
+    results = columns if per_residue else [np.stack(column) if column else none for column in columns]
     return results[0] if len(results) == 1 else dict(zip(embedder.columns, results, strict=True))
 
 
@@ -293,12 +303,23 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     return rows
 
 
-def _numbers(layers: Sequence[int], final: int) -> list[int]:
-    """Layers counted from 0, the embeddings; ValueError for one that there is not."""
+def _sources(encoder: Any) -> list[Any]:
+    """What each of the hidden states is: the stream's number, or "last", the encoder's own output."""
+    return encoder.original_states([*range(encoder.config.num_hidden_layers + 1)], "last")
+
+
+def states_kept(encoder: Any, layers: Sequence[int]) -> int:
+    """How many states of a batch are kept till it is done: none, if what is asked for comes out of the encoder."""
+    sources = _sources(encoder)
+    return 0 if [sources[layer] for layer in _numbers(layers, len(sources))] == ["last"] else len(sources)
+
+
+def _numbers(layers: Sequence[int], count: int) -> list[int]:
+    """Layers counted from 0; ValueError for one that there is not."""
     for layer in layers:
-        if not -final - 1 <= layer <= final:
-            raise ValueError(f"layer {layer} is not one of the model's hidden states, 0 to {final}")
-    counted = [layer % (final + 1) for layer in layers]
+        if not -count <= layer < count:
+            raise ValueError(f"layer {layer} is not one of the model's hidden states, 0 to {count - 1}")
+    counted = [layer % count for layer in layers]
     if len(set(counted)) < len(counted):
         raise ValueError(f"layers {', '.join(map(str, layers))} name one layer twice")
     return counted

@@ -20,7 +20,7 @@ from ..data.batches import Budget, SequenceTooLongError, default_budget
 from ..files import check_destination, flush, lock_file, unchanged
 from ..loading import load
 from ..port import ModelPort, port_of
-from .embed import Embedder, Wanted, encoder_of
+from .embed import Embedder, Wanted, encoder_of, states_kept
 from .items import Cells, Chunk, Item, Items, Sequences, chunked
 from .outputs import MOST_ROWS, assemble, h5_name, kind_of, table
 from .progress import progress
@@ -111,7 +111,7 @@ class _Run:
 
     def run(self) -> None:
         self.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        kept = 0 if self.job.wanted.layers == (-1,) else self.encoder.config.num_hidden_layers + 1
+        kept = states_kept(self.encoder, self.job.wanted.layers)
         budget = {} if self.job.batch_tokens is None else {"batch_tokens": self.job.batch_tokens}
         defaults = {"batch_tokens": default_budget(self.encoder, kept)}
         self.work = Work(self.work_folder, {**self._plan(), **budget}, defaults, self._place())
