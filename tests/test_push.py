@@ -133,11 +133,15 @@ def test_after_a_failed_upload_push_goes_on(biote, hub, tiny_original, tmp_path)
     assert hub.asked == [("create", "me/tiny", True), ("upload", "me/tiny", destination)]
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_push_names_the_repository_in_the_card(biote, hub, folder):
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = files_of(folder)
     assert b'from_pretrained("YOUR_NAME/source"' in before["README.md"]
     assert biote("push", folder, "me/tiny")[0] == 0
-    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    after = files_of(folder)
     assert b'from_pretrained("me/tiny"' in after["README.md"]
     assert b"YOUR_NAME" not in after["README.md"]
     assert after | {"README.md": b""} == before | {"README.md": b""}

@@ -14,6 +14,7 @@ from .port import TE, Json, ModelPort, find_tag
 from .push import check_push, open_repository, upload
 from .runtime.verify import GOLDEN_FILE
 from .runtime.verify import __file__ as VERIFIER
+from .sentence_transformers import describe
 from .verification import verify_by_its_own_code
 
 REQUIREMENTS = """\
@@ -66,6 +67,8 @@ def export(
             original = Path(scratch) / "rounded"
             original.mkdir()
             convert_into(partial, original, "hf")
+        if port.build_tokenizer is not None:
+            describe(partial)
         shutil.copy(VERIFIER, partial / "verify.py")
         provenance = _provenance(source, revision, subfolder)
         if dtype:

@@ -554,7 +554,9 @@ def assert_export_stands_alone(case: Case, original: Path, tmp_path: Path, capsy
     assert "FAILED" not in capsys.readouterr().out
     source_names = {path.name for path in folder.iterdir()}
     expected = {"README.md", "LICENSE", "requirements.txt", "verify.py"}
-    assert expected | ({"tokenizer.json"} if case.port.build_tokenizer else set()) <= source_names
+    of_text = {"tokenizer.json", "modules.json"}  # the second for sentence_transformers
+    assert source_names & of_text == (of_text if case.port.build_tokenizer else set())
+    assert expected <= source_names
     config = json.loads((folder / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", *case.port.classes}
     for code in folder.glob("*.py"):
