@@ -11,7 +11,7 @@ import biote
 from biote.apps import embed as embed_module
 from biote.apps.embed import POOLS, Embedder, Wanted, pool, special_ids, tokenize
 from biote.convert import convert_folder, convert_model
-from biote.data.batches import Budget, SequenceTooLongError
+from biote.data.batches import SequenceTooLongError
 from biote.port import TE, ModelPort, installed_ports, port_named
 from biote.testing.contract import randomize
 
@@ -234,7 +234,7 @@ def test_memory_that_runs_out(pair, monkeypatch, per_residue):
     tokenizer = pair.port.build_tokenizer()
     for most in (None, 29):
         wanted = Wanted(per_residue=per_residue, max_residues=most)
-        embedder = Embedder(pair.model, *special_ids(tokenizer), wanted, Budget(1000))
+        embedder = Embedder(pair.model, *special_ids(tokenizer), wanted, 1000)
         with pytest.raises(SequenceTooLongError) as stopped:
             embedder(tokenize(tokenizer, [TEXTS[1], TEXTS[5], TEXTS[2]]))
         assert stopped.value.row == 1

@@ -152,7 +152,7 @@ def embed(
 ) -> None:
     """Embed sequences or cells. A run that was stopped goes on where it was."""
     from .apps.embed import Wanted
-    from .apps.embed_files import Job
+    from .apps.embed_job import Job
     from .apps.workers import share
 
     pools = tuple(name for names in pool for name in names.split(","))

@@ -68,9 +68,9 @@ class Embedder:
     model: any class of a port, in eval mode. before, after: the special ids that stand around a row.
     """
 
-    def __init__(self, model: Any, before: np.ndarray, after: np.ndarray, wanted: Wanted, budget: Budget):
+    def __init__(self, model: Any, before: np.ndarray, after: np.ndarray, wanted: Wanted, batch_tokens: int):
         self.encoder = encoder_of(model)
-        self.before, self.after, self.wanted, self.budget = before, after, wanted, budget
+        self.before, self.after, self.wanted, self.batch_tokens = before, after, wanted, batch_tokens
         self.layers = _numbers(wanted.layers, len(_sources(self.encoder)))
         self.keeps_states = states_kept(self.encoder, wanted.layers) > 0
         if "cls" in wanted.pools and not len(before):
@@ -110,10 +110,11 @@ class Embedder:
         if self.wanted.long == "truncate":
             rows = [row[: self.most] for row in rows]
         short = [place for place, row in enumerate(rows) if not self.is_long(len(row))]
+        budget = Budget(self.batch_tokens)  # anew, so that what was before makes no difference
         order: list[int] = []
         found: list[list[Tensor]] = [[] for _ in self.columns]  # on the device: the host does not wait for each batch
         with _mapping(short):
-            for batch, states in self._run([rows[place] for place in short]):
+            for batch, states in self._run([rows[place] for place in short], budget):
                 lengths = [len(rows[short[place]]) for place in batch]
                 order += [short[place] for place in batch]
                 self._add(found, states, lengths)
@@ -121,7 +122,7 @@ class Embedder:
         for place, row in enumerate(rows):
             if self.is_long(len(row)):
                 with _mapping([place] * len(row)):
-                    states = self._stitched(row)
+                    states = self._stitched(row, budget)
                 order.append(place)
                 self._add(found, states, [len(row)])
                 done(len(row))
@@ -143,7 +144,7 @@ class Embedder:
         by_place = dict(zip(order, arrays, strict=True))
         return [by_place[place] for place in range(len(by_place))]
 
-    def _run(self, rows: Sequence[np.ndarray]) -> Iterator[tuple[list[int], list[_States]]]:
+    def _run(self, rows: Sequence[np.ndarray], budget: Budget) -> Iterator[tuple[list[int], list[_States]]]:
         """Batches of rows, as their places, and the states of each layer asked for."""
         special = len(self.before) + len(self.after)
         lengths = [len(row) + special for row in rows]
@@ -151,8 +152,8 @@ class Embedder:
         def step(batch: list[int]) -> tuple[list[int], list[_States]]:
             return batch, self._states([np.concatenate((self.before, rows[place], self.after)) for place in batch])
 
-        for planned in token_batches(lengths, self.budget.tokens):
-            yield from self.budget.run(planned, lengths, step)
+        for planned in token_batches(lengths, budget.tokens):
+            yield from budget.run(planned, lengths, step)
 
     @torch.inference_mode()
     def _states(self, rows: list[np.ndarray]) -> list[_States]:
@@ -175,13 +176,13 @@ class Embedder:
             found.append(_States(first, states[of_residues].to(dtype)))
         return found
 
-    def _stitched(self, row: np.ndarray) -> list[_States]:
+    def _stitched(self, row: np.ndarray, budget: Budget) -> list[_States]:
         """The states of a long row: where windows overlap the mean of both, of the special token that of all."""
         assert self.most is not None
         starts = [*range(0, len(row) - self.most, self.most - self.overlap), len(row) - self.most]
         sums: list[_States] = []
         counts = torch.zeros(len(row), 1, device=self.encoder.device)
-        for batch, states in self._run([row[start : start + self.most] for start in starts]):
+        for batch, states in self._run([row[start : start + self.most] for start in starts], budget):
             if not sums:
                 sums = [_States(_zeros(one.first, 1), one.residues.new_zeros(len(row), self.width)) for one in states]
             for total, one in zip(sums, states, strict=True):
@@ -256,8 +257,8 @@ def embed(
         texts.append(clean(Record(f"sequence {number}", text)).sequence)
     before, after = special_ids(tokenizer)
     encoder = encoder_of(model)
-    budget = Budget(batch_tokens or default_budget(encoder, states_kept(encoder, wanted.layers)))
-    embedder = Embedder(model, before, after, wanted, budget)
+    tokens = batch_tokens or default_budget(encoder, states_kept(encoder, wanted.layers))
+    embedder = Embedder(model, before, after, wanted, tokens)
     for number, text in enumerate(texts):
         if embedder.is_long(len(text)) and long == "error":
             raise ValueError(f"sequence {number} has {len(text):,} residues, more than the {embedder.most:,} at once")

@@ -29,7 +29,7 @@ class Work:
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any], defaults: dict[str, Any], place: dict[str, Any]):
-        self.folder, self.plan, self.place, self.halvings = folder, {**defaults, **plan}, place, 0
+        self.folder, self.plan, self.place = folder, {**defaults, **plan}, place
         self.moved: list[str] = []  # in which respects this is another place than where the run began
         folder.mkdir(exist_ok=True)
         with self._locked("plan"):
@@ -48,17 +48,11 @@ class Work:
             )
         there = state["place"]
         self.moved = [f"{key} {there.get(key)}, now {new}" for key, new in self.place.items() if there.get(key) != new]
-        self.plan, self.place, self.halvings = before, there, state["halvings"]
+        self.plan, self.place = before, there
 
     def _save(self) -> None:
-        state = {"plan": self.plan, "place": self.place, "halvings": self.halvings}
+        state = {"plan": self.plan, "place": self.place}
         self._write(PLAN, (json.dumps(state, indent=2) + "\n").encode())
-
-    def note_halvings(self, halvings: int) -> None:
-        """Remember that the device could not hold more, before any result depends on it."""
-        with self._locked("plan"):
-            self.halvings = max(halvings, read_json(self.folder / PLAN)["halvings"])
-            self._save()
 
     def shards(self) -> list[Path]:
         """The chunks that are there, in order."""

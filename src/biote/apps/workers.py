@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from .embed_files import Job, embed_file
+from .embed_files import embed_file
+from .embed_job import Job
 
 
 def share(job: Job, devices: str | None = None) -> None:
