@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -223,3 +224,12 @@ def test_scores_that_are_no_numbers(biote, files, monkeypatch):
     status, _, err = biote("score", files["esm2"], files["p.fasta"], files["v.csv"], files["out"])
     assert status == 1
     assert "are not finite: choose another dtype" in err
+
+
+def test_the_page_runs(root, files):
+    """The example in Python of docs/score.md, with the tiny model in place of the published one."""
+    page = (root / "docs" / "score.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("esm2_t33_650M_UR50D", str(files["esm2"])), names)
+    np.testing.assert_allclose(names["scores"], expected(files["esm2"], ["A4V", "K2R:A4G"], Scoring()), atol=1e-4)
