@@ -145,14 +145,16 @@ def _remove_if_dead(place: Path) -> None:
     os.close(lock)
 
 
-def _flock(lock: int, wait: bool) -> bool:
-    """Whether we hold it; False too where the file system has no locks, so that nobody's work is removed there."""
+def _flock(lock: int, wait: bool) -> bool | None:
+    """Whether we hold it; None where the file system has no locks, so that nobody's work is removed there."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # as on many clusters' disks
+        return None
     return True
 
 
@@ -161,9 +163,15 @@ def lock_file(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock that ends with this process; yields whether it is ours. Where there are no locks, it always is."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        yield fcntl is None or _flock(descriptor, wait)
+        yield _flock(descriptor, wait) is not False
     finally:
         os.close(descriptor)
+
+
+def remove_folder(path: Path, output: Path) -> None:
+    """Remove a folder at once: other processes see all of it or nothing. output: beside it, the next run's to clear."""
+    with _workplace(output) as place:
+        path.rename(place / path.name)
 
 
 def _remove(place: Path) -> None:

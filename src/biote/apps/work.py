@@ -6,7 +6,7 @@ dead one left is taken up by another.
 """
 
 import json
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from ..files import flush, lock_file, read_json
 
 PLAN = "_plan.json"  # readers of parquet folders pass names with "_" or "." by
+WRITTEN = "_written"
 NOTE = b"biote"  # key of a parquet file's metadata
 
 
@@ -35,6 +36,8 @@ class Work:
         with self._locked("plan"):
             if (folder / PLAN).exists():
                 self._take_up(read_json(folder / PLAN), plan)
+            elif others := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
+                raise ValueError(f"{folder} is no unfinished run: it holds {others[0]}; rename or remove it")
             else:
                 self._save()
 
@@ -56,7 +59,11 @@ class Work:
 
     def shards(self) -> list[Path]:
         """The chunks that are there, in order."""
-        return sorted(self.folder.glob("[0-9]*.parquet"))
+        return sorted(self.folder.glob("[0-9]*.parquet"), key=lambda shard: int(shard.stem))
+
+    def mark_written(self) -> None:
+        """Note that the output is about to appear: a run that finds both knows whose it is."""
+        self._write(WRITTEN, b"")
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06}.parquet"
@@ -91,14 +98,16 @@ class Work:
         self._write(self.path(number).name, sink.getvalue())
 
     def _write(self, name: str, content: Any) -> None:
-        partial = self.folder / f".{name}.{os.getpid()}"
+        partial = self.folder / f".{name}.{secrets.token_hex(4)}"
         try:
             partial.write_bytes(content)
             flush(partial)
             partial.rename(self.folder / name)
             flush(self.folder)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # a write says not where there is no room
+                raise OSError(error.errno, error.strerror, str(self.folder / name)) from error
             raise
 
     @contextmanager
@@ -110,4 +119,4 @@ class Work:
         """Remove what dead processes left, and the locks: only chunks and plan stay."""
         for entry in self.folder.iterdir():
             if entry.name.startswith("."):
-                entry.unlink()
+                entry.unlink(missing_ok=True)
