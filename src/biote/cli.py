@@ -101,8 +101,7 @@ class _ManyNumbers(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []
         for arg in args:
-            follows = "--layers" in joined[-1:] or (joined[-2:-1] == ["--layers"] and arg.lstrip("-").isdigit())
-            if joined[-2:-1] == ["--layers"] and follows:
+            if joined[-2:-1] == ["--layers"] and arg.removeprefix("-").isdigit():
                 joined[-1] += f",{arg}"
             else:
                 joined.append(arg)
@@ -121,7 +120,7 @@ def embed(
     per_residue: Annotated[
         bool, typer.Option("--per-residue", help="each residue's embedding, in place of pools")
     ] = False,
-    layers: Annotated[str, typer.Option(metavar="N...", help="hidden states by number: -1 is the last")] = "-1",
+    layers: Annotated[list[str], typer.Option(metavar="N...", help="hidden states by number; -1: the last")] = ["-1"],  # noqa: B006
     dtype: Annotated[
         str,
         typer.Option(help="float32, bfloat16, float16, float64 or fp8; auto: the checkpoint's, or bfloat16 on a GPU"),
@@ -156,15 +155,14 @@ def embed(
     from .apps.workers import share
 
     pools = tuple(name for names in pool for name in names.split(","))
-    wanted = Wanted(pools, tuple(map(_integer, layers.split(","))), per_residue, long, max_residues, overlap)
-    share(
-        Job(
-            model, Path(input_file), output, wanted, dtype, engine, stored, batch_tokens, id_column, sequence_column,
-            counts, gene_column, port, revision, subfolder,
-        ),
-        devices,
+    numbers = tuple(_integer(number) for some in layers for number in some.split(","))
+    wanted = Wanted(pools, numbers, per_residue, long, max_residues, overlap)
+    job = Job(
+        model, Path(input_file), output, wanted, dtype, engine, stored, batch_tokens, id_column, sequence_column,
+        counts, gene_column, port, revision, subfolder,
     )  # fmt: skip
-    print(f"wrote {output}")
+    if share(job, devices):
+        print(f"wrote {output}")
 
 
 def _integer(text: str) -> int:

@@ -1,6 +1,5 @@
 """`biote embed` on one host: any number of processes, that go on where they were killed."""
 
-import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..files import check_destination, flush, lock_file
+from ..files import check_destination, flush, lock_file, remove_folder
 from .embed_job import Job, Session
 from .items import Chunk
 from .outputs import assemble
 from .progress import progress
-from .work import Work
+from .work import WRITTEN, Work
 
 T = TypeVar("T")
 
@@ -30,7 +29,7 @@ def embed_file(job: Job, device: str | None = None, rank: int = 0) -> None:
         return
     try:
         _Run(job, device, rank).run()
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):
         if not rank or not Path(job.output).exists():
             raise
 
@@ -38,22 +37,39 @@ def embed_file(job: Job, device: str | None = None, rank: int = 0) -> None:
 class _Run:
     def __init__(self, job: Job, device: str | None, rank: int):
         self.job, self.rank, self.output = job, rank, Path(job.output)
+        self.count = 0  # of the input's chunks
         work_folder = self.output.with_name(f"{self.output.name}.unfinished")
-        if not work_folder.is_dir():
+        if not (work_folder / WRITTEN).exists():
             check_destination(self.output)
         self.session = session = Session(job, device)
         self.output.absolute().parent.mkdir(parents=True, exist_ok=True)
         asked = {} if job.batch_tokens is None else {"batch_tokens": job.batch_tokens}
         defaults = {"batch_tokens": session.batch_tokens()}
         self.work = Work(work_folder, {**session.plan(), **asked}, defaults, session.place())
-        with lock_file(work_folder / ".input.lock"):
-            self.items = session.items(work_folder, fresh=rank == 0)
-        self.embedder = session.embedder(self.items, self.work.plan["batch_tokens"])
 
     def run(self) -> None:
-        work, scan = self.work, self.session.scan(self.items, self.embedder)
+        if self.rank and self.output.exists():  # the first finished while we loaded
+            if not self.work.shards():
+                remove_folder(self.work.folder, self.output)
+            return
+        try:
+            self._work()
+        except BaseException:
+            if not self.rank and not self.work.shards():  # nothing is lost, and other options can be given
+                remove_folder(self.work.folder, self.output)
+            raise
+
+    def _work(self) -> None:
+        work = self.work
+        with lock_file(work.folder / ".input.lock"):
+            self.items = self.session.items(work.folder)
+        self.embedder = self.session.embedder(self.items.before, self.items.after, work.plan["batch_tokens"])
+        scan = self.session.scan(self.items, self.embedder)
         if self.rank == 0:
-            said = self.session.notes(scan, self.embedder, work.plan, work.place)
+            plan, place = work.plan, work.place
+            how = f"{plan['engine']} engine, {plan['precision']}, on {place['device']}"
+            said = [f"{place['model']}: {how}, batches of {plan['batch_tokens']:,} tokens"]
+            said += self.session.notes(scan, self.embedder)
             if work.moved:
                 said.append(f"note: the run began elsewhere ({'; '.join(work.moved)}): last bits may differ")
             print("\n".join(said), file=sys.stderr, flush=True)
@@ -82,10 +98,11 @@ class _Run:
     ) -> Iterator[tuple[Chunk, list[np.ndarray], ExitStack]]:
         """Chunks for us to do, their token ids, and what to close when it is done."""
         for chunk in self.session.chunks(self.items, self.embedder):
+            self.count = max(self.count, chunk.number + 1)
             if only is not None and chunk.number not in only:
                 continue
             if self.work.is_done(chunk.number, chunk.digest()):
-                told(chunk.residues if only is None else 0, already=True)
+                told(chunk.residues, already=True)
                 continue
             held = ExitStack()
             if held.enter_context(self.work.claim(chunk.number, wait=only is not None)):
@@ -93,24 +110,26 @@ class _Run:
             else:
                 held.close()
                 elsewhere.append(chunk.number)
-                told(chunk.residues if only is None else 0, already=True)
 
     def _finish(self) -> None:
         """Make the output of the chunks, of which all are there."""
-        numbers = [int(shard.stem) for shard in self.work.shards()]
-        if self.output.exists():  # a run was killed after its last step but one
-            shutil.rmtree(self.work.folder)
+        if [int(shard.stem) for shard in self.work.shards()] != list(range(self.count)):
+            raise ValueError(
+                f"{self.work.folder} holds chunks past the end of the input, or lost some: remove it to begin anew"
+            )
+        if self.output.exists():  # ours: a run was killed after its last step but one
+            remove_folder(self.work.folder, self.output)
             return
-        assert numbers == list(range(len(numbers)))
-        if self.session.kind == "/":
+        if self.job.kind == "/":
             self.work.sweep()
             flush(self.work.folder)
             self.work.folder.rename(self.output)
             flush(self.output.absolute().parent)
             return
-        obs = _obs_of(self.job.input) if self.session.kind == ".h5ad" else None
+        obs = _obs_of(self.job.input) if self.job.kind == ".h5ad" else None
+        self.work.mark_written()
         assemble(self.work.shards(), self.output, {**self.work.place, **self.work.plan}, obs)
-        shutil.rmtree(self.work.folder)
+        remove_folder(self.work.folder, self.output)
 
 
 def _obs_of(h5ad: Path) -> Any:

@@ -4,10 +4,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,7 @@ STORED = ("float32", "float16")
 BATCHES_A_CHUNK = 64  # enough that sorting fills batches, few enough that a kill costs seconds
 MOST_ITEMS = 8192  # in a chunk
 MOST_BYTES = 2**28  # of residues' states in a chunk
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAMED = 5  # of sequences in a message
 
 
@@ -54,6 +57,19 @@ class Job:
     revision: str | None = None
     subfolder: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.stored not in STORED:
+            raise ValueError(f"stored={self.stored!r} is unknown; choose one of {', '.join(STORED)}")
+        if self.kind == ".h5ad" and self.wanted.per_residue:
+            raise ValueError(f"{self.output}: an .h5ad has one embedding a cell; write .parquet, .h5 or .npz")
+        if str(self.input) != "-" and not self.input.is_file():
+            raise FileNotFoundError(f"{self.input} is no file")
+
+    @property
+    def kind(self) -> str:
+        """The output's, by its name: "/" is a folder."""
+        return "/" if self.output.endswith(("/", os.sep)) else kind_of(Path(self.output))
+
 
 @dataclass
 class Scan:
@@ -74,19 +90,14 @@ class Session:
 
     def __init__(self, job: Job, device: str | None = None):
         self.job = job
-        self.kind = "/" if job.output.endswith(("/", os.sep)) else kind_of(Path(job.output))
-        if job.stored not in STORED:
-            raise ValueError(f"stored={job.stored!r} is unknown; choose one of {', '.join(STORED)}")
-        if str(job.input) != "-" and not job.input.is_file():
-            raise FileNotFoundError(f"{job.input} is no file")
         self.folder = locate(job.model, job.revision, job.subfolder)
         with unchanged(self.folder):
             loaded = load(
                 self.folder, "embedding", engine=job.engine, dtype=job.dtype, device=device, port_name=job.port_name
             )
-            self.weights = _fingerprint(self.folder)
         self.model, self.tokenizer = loaded
         self.encoder = encoder_of(self.model)
+        self.weights = _fingerprint(self.folder, self.encoder)
         port = port_of(type(self.model))
         assert port is not None  # it was loaded by one
         self.port: ModelPort = port
@@ -116,7 +127,7 @@ class Session:
             raise ValueError(f"{self.port.title} reads sequences, not the cells of {self.job.input}")
         if self.port.read_cells is not None and self.job.input.suffix != ".h5ad":
             raise ValueError(f"{self.port.title} reads the cells of an .h5ad file, not {self.job.input}")
-        if self.kind == ".h5ad" and self.port.read_cells is None:
+        if self.job.kind == ".h5ad" and self.port.read_cells is None:
             raise ValueError(f"{self.job.output}: an .h5ad is for cells; sequences go into .parquet, .h5 or .npz")
         return self.port.read_cells is not None
 
@@ -124,29 +135,30 @@ class Session:
         """How many run at once, if nobody says."""
         return default_budget(self.encoder, states_kept(self.encoder, self.job.wanted.layers))
 
-    def items(self, scratch: Path, fresh: bool = True) -> Items:
-        """The input. scratch: where what cannot be gone through twice is copied to; fresh: even if there is a copy."""
-        job, path = self.job, self.job.input
+    def items(self, scratch: Path) -> Items:
+        """The input. scratch: where what cannot be gone through twice is copied to, one process after the other."""
+        job, path, name = self.job, self.job.input, str(self.job.input)
         if self.reads_cells:
-            return self._cells(scratch / ".cells.parquet", fresh)
+            return self._cells(scratch)
         if str(path) == "-":
-            path = scratch / ".stdin"
+            path, name = scratch / ".stdin", "stdin"
             with path.open("wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-        return Sequences(path, self.tokenizer, job.id_column, job.sequence_column, str(job.input))
+        return Sequences(path, self.tokenizer, job.id_column, job.sequence_column, name)
 
-    def _cells(self, parquet: Path, fresh: bool) -> Cells:
+    def _cells(self, scratch: Path) -> Cells:
         assert self.port.read_cells is not None
-        around, job = parquet.with_suffix(".around"), self.job
-        if fresh:
-            parquet.unlink(missing_ok=True)  # the input may be another than when the run began
-        if not parquet.exists():
+        job, stat = self.job, self.job.input.stat()
+        parquet = scratch / f".cells-{stat.st_size}-{stat.st_mtime_ns}.parquet"  # the input may change between runs
+        around = parquet.with_suffix(".around")
+        if not around.exists():
+            parquet.unlink(missing_ok=True)
             read = self.port.read_cells(job.input, self.folder, parquet, job.layer, job.gene_column)
             around.write_text(f"{read.before} {read.after}")
         return Cells(parquet, *map(int, around.read_text().split()))
 
-    def embedder(self, items: Items, batch_tokens: int) -> Embedder:
-        return Embedder(self.model, items.before, items.after, self.job.wanted, batch_tokens)
+    def embedder(self, before: np.ndarray, after: np.ndarray, batch_tokens: int) -> Embedder:
+        return Embedder(self.model, before, after, self.job.wanted, batch_tokens)
 
     def scan(self, items: Items, embedder: Embedder) -> Scan:
         """Read all of the input. ValueError for what cannot be embedded, or cannot stand in the output."""
@@ -161,7 +173,7 @@ class Session:
                 if long == "skip":
                     continue
             scan.items += 1
-            scan.residues += len(item)
+            scan.residues += min(len(item), most or len(item)) if long == "truncate" else len(item)
             self._check_name(item, scan.items, names)
         if not scan.items:
             raise ValueError(f"{self.job.input} has nothing to embed: all is longer than {most}")
@@ -169,13 +181,13 @@ class Session:
         return scan
 
     def _check_name(self, item: Item, count: int, names: set[str]) -> None:
-        if self.kind in (".h5", ".npz", ".h5ad") and count > MOST_ROWS:
+        if self.job.kind in (".h5", ".npz", ".h5ad") and count > MOST_ROWS:
             raise ValueError(
                 f"{self.job.output} would have more than {MOST_ROWS:,} rows: write .parquet, or a folder/"
             )
-        if self.kind == ".h5":
+        if self.job.kind == ".h5":
             name = h5_name(item.id)
-            if name in names or name == ".":
+            if name in names or name == "." or "\0" in name:
                 raise ValueError(
                     f"{item.id} cannot be a name in {self.job.output}: another has it, or has it once / is written "
                     "as _; make ids unique, or write .parquet"
@@ -183,12 +195,18 @@ class Session:
             names.add(name)
 
     def chunks(self, items: Items, embedder: Embedder) -> Iterator[Chunk]:
-        """The input in pieces: a pure function of it and of the options. What is too long may be left out."""
-        skip, tokens = self.job.wanted.long == "skip", embedder.batch_tokens * BATCHES_A_CHUNK
+        """The input in pieces: a pure function of it and of the options. What is too long may be left out, or cut."""
+        tokens = embedder.batch_tokens * BATCHES_A_CHUNK
         if self.job.wanted.per_residue:
             tokens = min(tokens, MOST_BYTES // (4 * embedder.width * len(embedder.layers)))
-        kept = (item for item in items if not (skip and embedder.is_long(len(item))))
-        return chunked(kept, MOST_ITEMS, max(tokens, 1))
+        return chunked(self._kept(items, embedder), MOST_ITEMS, max(tokens, 1))
+
+    def _kept(self, items: Items, embedder: Embedder) -> Iterator[Item]:
+        for item in items:
+            if self.job.wanted.long == "window" or not embedder.is_long(len(item)):
+                yield item
+            elif self.job.wanted.long == "truncate":
+                yield replace(item, content=item.content[: embedder.most])
 
     def make(self, embedder: Embedder, chunk: Chunk, rows: list[np.ndarray], told: Callable[[int], None]) -> pa.Table:
         """A chunk's results: the same whenever and wherever it is done, on one kind of device."""
@@ -203,10 +221,9 @@ class Session:
         named = dict(zip(embedder.columns, columns, strict=True))
         return table(chunk.items, named, self.job.stored, with_place=self.reads_cells)
 
-    def notes(self, scan: Scan, embedder: Embedder, plan: Json, place: Json) -> list[str]:
-        """What a user should know before it runs, a line each."""
-        said = [f"{place['model']}: {plan['engine']} engine, {plan['precision']}, on {place['device']}, "
-                f"batches of {plan['batch_tokens']:,} tokens"]  # fmt: skip
+    def notes(self, scan: Scan, embedder: Embedder) -> list[str]:
+        """What a user should know of the input before it runs, a line each."""
+        said = []
         if scan.report:
             said.append(f"note: {self.job.input}: {scan.report}")
         if scan.long_count:
@@ -219,10 +236,12 @@ class Session:
         return said
 
 
-def _fingerprint(folder: Path) -> str:
-    """Of a checkpoint's files, by configuration, name, size and time: whether it is the one that a run began with."""
+def _fingerprint(folder: Path, encoder: Any) -> str:
+    """Of the configuration and the weights as they run, by sums of their bits: the same on every machine."""
     hashed = blake2b((folder / "config.json").read_bytes(), digest_size=16)
-    for file in sorted(folder.glob("*.safetensors")):
-        stat = file.stat()
-        hashed.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\0".encode())
+    for name, tensor in chain(encoder.named_parameters(), encoder.named_buffers()):
+        bits = tensor.detach().contiguous().view(INTEGERS[tensor.itemsize])
+        rows = bits.reshape(len(bits) if bits.dim() else 1, -1).sum(1, dtype=torch.int64)
+        places = torch.arange(1, len(rows) + 1, device=rows.device)
+        hashed.update(f"{name} {tuple(tensor.shape)} {int((rows * places).sum())}\0".encode())
     return hashed.hexdigest()

@@ -71,6 +71,6 @@ class _Lines:
             return
         self.last = time.monotonic()
         done = speed.before + speed.done
-        left = (speed.total - done) / speed.a_second()
+        left = max(speed.total - done, 0) / speed.a_second()
         share = f"{done:,} of {speed.total:,} residues"
         print(f"{self.what}: {share}, {speed.text()}, {left:,.0f} s left", file=sys.stderr, flush=True)
