@@ -13,8 +13,8 @@ from .embed_job import Job
 def share(job: Job, devices: str | None = None) -> bool:
     """Do the job here, or share it: with a process for each of `devices`, as "0,1"; with torchrun's others.
 
-    Returns whether this is the process that wrote the output. ValueError for a device that there is not. What a process
-    that dies leaves is done by the others.
+    Returns whether this is the process that wrote the output. ValueError for a device that there is not. What a
+    process that dies leaves is done by the others.
     """
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     names = devices.split(",") if devices else []
