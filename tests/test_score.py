@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from biote.apps.score import AMINO_ACIDS, Scoring, score
+from biote.apps.score import AMINO_ACIDS, Scoring, score, window_of
 from biote.apps.variants import Variant, read_variant
 from biote.apps.windows import optimal, overlapping
 from biote.convert import convert_model
@@ -332,6 +332,30 @@ def test_a_residue_of_several_tokens(monkeypatch, method):
     variant = read_variant("A4V:K2R", 0, SEQUENCE)
     found = score(model, tokenizer, [Record("p", SEQUENCE)], [variant], Scoring(method))
     np.testing.assert_allclose(found, [expected], **TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("engine", "dtype"), [("torch", "float64"), ("torch", "float32"), ("te", "float32")])
+@pytest.mark.parametrize("method", ["masked-marginals", "wt-marginals", "pseudo-perplexity"])
+def test_on_a_gpu(pair, method, engine, dtype):
+    expected = pair.score(LONG_VARIANTS, LONG, method=method, window_tokens=20)
+    model = convert_model(pair.port, pair.original, TE, {"engine": engine}).to("cuda", getattr(torch, dtype)).eval()
+    found = replace(pair, model=model).score(LONG_VARIANTS, LONG, method=method, window_tokens=20)
+    np.testing.assert_allclose(found, expected, **(TOLERANCE if dtype == "float64" else {"rtol": 0, "atol": 1e-2}))
+
+
+def test_windows_are_as_long_as_the_model_was_trained():
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    for name, fields, expected in (
+        ("esm2", {}, 1024),  # it can read any length
+        ("amplify", {}, 2048),
+        ("amplify", {"max_position_embeddings": 512}, 512),
+    ):
+        port = port_named(name)
+        model = port.classes["AutoModelForMaskedLM"](port.config_class(engine="torch", **shape, **fields))
+        assert window_of(model) == expected
+        assert window_of(model, 0) is None
+        assert window_of(model, 100) == 100
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,8 @@ def _scores(
             score(model, tokenizer, source.proteins, variants, scoring, where.batch_tokens, where.show_progress)
         )
         window = window_of(model, scoring.window_tokens)
-        long = sum(len(protein.sequence) + 2 > window for protein in source.proteins) if window else 0
+        special = tokenizer.num_special_tokens_to_add()
+        long = sum(len(protein.sequence) + special > window for protein in source.proteins) if window else 0
         words = [f"{str(model.dtype).removeprefix('torch.')} on {model.device} ({model.base_model.engine} engine)"]
         if long:
             words.append(f"{_count(long, 'protein')} of more than {window:,} tokens in {scoring.rule} windows")
