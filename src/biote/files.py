@@ -169,7 +169,7 @@ def lock_file(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def remove_folder(path: Path, output: Path) -> None:
-    """Remove a folder at once: others see all or nothing of it. output: beside it, whose next run clears what stays."""
+    """Remove a folder at once: others see all or nothing of it. output: beside it; its next run clears what stays."""
     with _workplace(output) as place:
         path.rename(place / path.name)
 
