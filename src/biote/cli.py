@@ -135,6 +135,10 @@ def embed(
     devices: Annotated[
         str | None, typer.Option(help="GPUs to share the work, as 0,1; or cpu. Default: one, or torchrun's")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="of a Ray cluster that does the work; local, auto, ray://...")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="of the Ray cluster, with a GPU each if it has any")] = 1,
     batch_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="tokens that run at once; default: what the device likes and has memory for"),
@@ -161,7 +165,14 @@ def embed(
         model, Path(input_file), output, wanted, dtype, engine, stored, batch_tokens, id_column, sequence_column,
         counts, gene_column, port, revision, subfolder,
     )  # fmt: skip
-    if share(job, devices):
+    if ray is not None:
+        from .apps.embed_ray import embed_on_ray
+
+        if devices:
+            raise ValueError("--devices is for one host; Ray chooses its own")
+        embed_on_ray(job, ray, workers)
+        print(f"wrote {output}")
+    elif share(job, devices):
         print(f"wrote {output}")
 
 

@@ -42,14 +42,8 @@ class Work:
                 self._save()
 
     def _take_up(self, state: dict[str, Any], plan: dict[str, Any]) -> None:
-        before = state["plan"]
-        differing = [f"{key} was {before.get(key)}, now {new}" for key, new in plan.items() if before.get(key) != new]
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds an unfinished run with other options ({'; '.join(differing)}): "
-                "give the same, or remove the folder to begin anew"
-            )
-        there = state["place"]
+        before, there = state["plan"], state["place"]
+        refuse_other_plan(self.folder, before, plan)
         self.moved = [f"{key} {there.get(key)}, now {new}" for key, new in self.place.items() if there.get(key) != new]
         self.plan, self.place = before, there
 
@@ -72,12 +66,7 @@ class Work:
         """Whether a chunk is there; ValueError if it was made of another input."""
         if not self.path(number).exists():
             return False
-        made_of = json.loads(pq.read_schema(self.path(number)).metadata[NOTE])["input"]
-        if made_of != digest:
-            raise ValueError(
-                f"{self.folder} holds an unfinished run over another input: its chunk {number} differs; "
-                "remove the folder to begin anew"
-            )
+        refuse_other_input(self.folder, number, pq.read_schema(self.path(number)), digest)
         return True
 
     @contextmanager
@@ -92,10 +81,7 @@ class Work:
 
     def write(self, number: int, table: pa.Table, digest: str) -> None:
         """Keep a chunk's result: after this, it is there whatever happens."""
-        table = table.replace_schema_metadata({NOTE: json.dumps({**self.plan, "input": digest})})
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
-        self._write(self.path(number).name, sink.getvalue())
+        self._write(self.path(number).name, shard(table, self.plan, digest))
 
     def _write(self, name: str, content: Any) -> None:
         partial = self.folder / f".{name}.{secrets.token_hex(4)}"
@@ -120,3 +106,30 @@ class Work:
         for entry in self.folder.iterdir():
             if entry.name.startswith("."):
                 entry.unlink(missing_ok=True)
+
+
+def refuse_other_plan(folder: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError if a run that began with other options is to go on."""
+    differing = [f"{key} was {before.get(key)}, now {new}" for key, new in now.items() if before.get(key) != new]
+    if differing:
+        raise ValueError(
+            f"{folder} holds an unfinished run with other options ({'; '.join(differing)}): "
+            "give the same, or remove the folder to begin anew"
+        )
+
+
+def refuse_other_input(folder: Any, number: int, schema: pa.Schema, digest: str) -> None:
+    """ValueError if a finished chunk was made of another input."""
+    if json.loads(schema.metadata[NOTE])["input"] != digest:
+        raise ValueError(
+            f"{folder} holds an unfinished run over another input: its chunk {number} differs; "
+            "remove the folder to begin anew"
+        )
+
+
+def shard(table: pa.Table, plan: dict[str, Any], digest: str) -> pa.Buffer:
+    """A chunk's result as a parquet file, which says by what and of what it was made."""
+    sink = pa.BufferOutputStream()
+    noted = table.replace_schema_metadata({NOTE: json.dumps({**plan, "input": digest})})
+    pq.write_table(noted, sink, compression="none", use_dictionary=False, write_statistics=False)
+    return sink.getvalue()
