@@ -29,14 +29,18 @@ from biote.apps.items import Item, chunked
 from biote.data.batches import default_budget, packed, token_batches
 
 MEDIAN_LENGTH, SIGMA, MOST_RESIDUES = 270, 0.7, 1022
+RAGGED = (10, 1500)
 BATCH, SORTED_TOKENS = 8, 4096
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative L2 of means
 
 
-def proteins(count: int, seed: int) -> list[str]:
-    """Random proteins of log-normal lengths, as proteins have."""
+def proteins(count: int, seed: int, ragged: bool) -> list[str]:
+    """Random proteins: of log-normal lengths; or ragged, evenly spread in the logarithm from 10 to 1,500 residues."""
     random = np.random.default_rng(seed)
-    lengths = np.minimum(random.lognormal(np.log(MEDIAN_LENGTH), SIGMA, count).astype(int) + 1, MOST_RESIDUES)
+    if ragged:
+        lengths = np.exp(random.uniform(*np.log(RAGGED), count)).astype(int)
+    else:
+        lengths = np.minimum(random.lognormal(np.log(MEDIAN_LENGTH), SIGMA, count).astype(int) + 1, MOST_RESIDUES)
     return ["".join(random.choice(list("ACDEFGHIKLMNPQRSTVWY"), length)) for length in lengths]
 
 
@@ -101,6 +105,7 @@ def main(
     tag: Annotated[str, typer.Option(help="whose shape")] = "esm2_t6_8M_UR50D",
     count: Annotated[int, typer.Option(help="proteins for our own sides")] = 500,
     plain_count: Annotated[int, typer.Option(help="of them, for the loops over transformers' model")] = 500,
+    ragged: Annotated[bool, typer.Option(help="10 to 1,500 residues, in place of log-normal lengths")] = False,
     engines: Annotated[str, typer.Option(help="of ours, with commas")] = "torch",
     dtype: Annotated[str, typer.Option()] = "float32",
     repeats: Annotated[int, typer.Option()] = 3,
@@ -108,7 +113,7 @@ def main(
 ) -> None:
     """Measure, print, and write the result."""
     device, kind = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
-    texts = proteins(count, seed=0)
+    texts = proteins(count, 0, ragged)
     few = texts[:plain_count]
     port, _ = tagged(tag)
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,7 +168,7 @@ def main(
     result = {
         **provenance(("biote", "torch", "transformers")),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "threads": torch.get_num_threads(), "tag": tag, "dtype": dtype, "proteins": count,
+        "threads": torch.get_num_threads(), "tag": tag, "dtype": dtype, "ragged": ragged, "proteins": count,
         "proteins_of_the_loops": plain_count, "residues": sum(map(len, texts)), "relative_error_of_means": errors,
         "seconds_to_load": loads, "seconds": times, "residues_a_second": rates,
     }  # fmt: skip
