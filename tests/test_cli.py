@@ -265,6 +265,20 @@ def test_every_error_is_one_short_line(capsys, error, line):
     assert (stopped.value.code, said.count("\n"), said.startswith(line)) == (1, 1, True), said
 
 
+def test_every_warning_is_one_short_line():
+    """In a process of its own: pytest takes warnings before they are shown."""
+    code = (
+        "import warnings\nfrom biote.cli import run\n"
+        "def command():\n"
+        "    warnings.warn('2 of 7 cells\\n\\x07have', stacklevel=1)\n    warnings.warn('x' * 9999, FutureWarning)\n"
+        "run(command)\nwarnings.warn('after')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = done.stderr.splitlines()
+    assert said[:2] == ["warning: 2 of 7 cells ?have", f"warning: {'x' * 1196} ..."]
+    assert said[2].endswith("UserWarning: after")  # whoever calls `run` has Python's own again
+
+
 def test_where_an_error_came_from_is_shown_if_asked_for(monkeypatch):
     monkeypatch.setenv("BIOTE_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):

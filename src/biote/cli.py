@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -423,13 +424,24 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Without the path and the line of Python that Python's own begin with."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"warning: {_one_line(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def run(command: Callable[[], None]) -> None:
-    """Run a command line; an expected error becomes one line on stderr and exit status 1."""
+    """Run a command line; a warning and an expected error become one line on stderr, the latter exit status 1."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it would say of a config.json, we say in one line
     try:
-        with _stopped_by_signals():
+        with _stopped_by_signals(), _warnings_in_a_line():
             command()
     except (_Stopped, KeyboardInterrupt) as stopped:  # the latter before or after we listen
         number = stopped.signal if isinstance(stopped, _Stopped) else signal.SIGINT
