@@ -71,7 +71,7 @@ class Embedder:
     def __init__(self, model: Any, before: np.ndarray, after: np.ndarray, wanted: Wanted, batch_tokens: int):
         self.encoder = encoder_of(model)
         self.before, self.after, self.wanted, self.batch_tokens = before, after, wanted, batch_tokens
-        self.layers = _numbers(wanted.layers, len(_sources(self.encoder)))
+        self.layers = _numbers(wanted.layers, _hidden_states(self.encoder)[0])
         self.keeps_states = states_kept(self.encoder, wanted.layers) > 0
         if "cls" in wanted.pools and not len(before):
             raise ValueError("this model's sequences begin with no special token: there is no pool 'cls'")
@@ -304,15 +304,19 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     return rows
 
 
-def _sources(encoder: Any) -> list[Any]:
-    """What each of the hidden states is: the stream's number, or "last", the encoder's own output."""
-    return encoder.original_states([*range(encoder.config.num_hidden_layers + 1)], "last")
+@torch.inference_mode()
+def _hidden_states(encoder: Any) -> tuple[int, bool]:
+    """How many hidden states there are, and whether the last is what comes out of the encoder: tried on one token."""
+    token = encoder.get_input_embeddings().weight.new_zeros(1, encoder.config.hidden_size)
+    last = token.clone()
+    found = encoder.original_states([token] * (encoder.config.num_hidden_layers + 1), last)
+    return len(found), found[-1] is last
 
 
 def states_kept(encoder: Any, layers: Sequence[int]) -> int:
     """How many states of a batch are kept till it is done: none, if what is asked for comes out of the encoder."""
-    sources = _sources(encoder)
-    return 0 if [sources[layer] for layer in _numbers(layers, len(sources))] == ["last"] else len(sources)
+    count, comes_out = _hidden_states(encoder)
+    return 0 if comes_out and _numbers(layers, count) == [count - 1] else count
 
 
 def _numbers(layers: Sequence[int], count: int) -> list[int]:

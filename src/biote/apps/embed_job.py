@@ -110,8 +110,9 @@ class Session:
         columns = [job.layer, job.gene_column] if self.reads_cells else [job.id_column, job.sequence_column]
         wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(job.wanted).items()}
         return {
-            "weights": self.weights, "engine": self.encoder.engine, "precision": precision, "port": self.port.name,
+            "engine": self.encoder.engine, "precision": precision, "port": self.port.name,
             "hidden_size": config.hidden_size, **wanted, "stored": job.stored, "columns": columns,
+            "weights": self.weights,
         }  # fmt: skip
 
     def place(self) -> Json:
@@ -238,7 +239,7 @@ class Session:
 
 def _fingerprint(folder: Path, encoder: Any) -> str:
     """Of the configuration and the weights as they run, by sums of their bits: the same on every machine."""
-    hashed = blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    hashed = blake2b((folder / "config.json").read_bytes(), digest_size=8)
     for name, tensor in chain(encoder.named_parameters(), encoder.named_buffers()):
         bits = tensor.detach().contiguous().view(INTEGERS[tensor.itemsize])
         rows = bits.reshape(len(bits) if bits.dim() else 1, -1).sum(1, dtype=torch.int64)

@@ -53,11 +53,9 @@ def table(items: Sequence[Item], columns: dict[str, list[np.ndarray]], dtype: st
         with np.errstate(over="ignore"):
             stored = flat.astype(dtype)
         if not np.isfinite(stored).all():
-            odd = next(
-                item.id
-                for item, array in zip(items, arrays, strict=True)
-                if not np.isfinite(array.astype(dtype)).all()
-            )
+            ends = np.cumsum([len(array) if array.ndim == 2 else 1 for array in arrays])
+            row = int(np.argmin(np.isfinite(stored).all(1)))
+            odd = items[int(np.searchsorted(ends, row, side="right"))].id
             whose = "the model gives" if not np.isfinite(flat).all() else f"{dtype} cannot hold what the model gives"
             raise ValueError(
                 f"{whose} for {odd}: " + ("NaN or infinite numbers" if whose == "the model gives" else "store float32")
