@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 import biote as biote_package
 from biote.apps import embed_files, work, workers
+from biote.apps.embed import Wanted
 from biote.apps.embed_job import Job
 from biote.port import port_named
 from biote.testing.contract import randomize
@@ -535,6 +537,7 @@ def test_a_full_disk(biote, tmp_path, folder, monkeypatch, name, shards):
         status, out, err = biote(*arguments)
     assert (status, out) == (1, "")
     assert "No space left on device" in err.splitlines()[-1]
+    assert ("the same command goes on from there" in err) == (shards > 0)
     assert len(names_in(tmp_path)) == (1 if shards == 0 else 2)
     assert biote(*arguments)[0] == 0
     assert len(names_in(tmp_path)) == 2
@@ -562,18 +565,22 @@ from biote.apps import embed_files, workers  # and torch
 from biote.apps.embed import embed
 import numpy, pyarrow.parquet, h5py
 
-def start(arguments):
+errors = sys.argv[1]
+
+def start(arguments, largest):
     child = os.fork()
     if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         sys.argv = ["biote", *arguments]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         cli.main()
     return child
 
 for line in sys.stdin:
-    arguments, seconds = json.loads(line)
+    arguments, seconds, largest = json.loads(line)
     began = time.monotonic()
-    child = start(arguments)
+    child = start(arguments, largest)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
@@ -583,24 +590,29 @@ for line in sys.stdin:
 
 
 class Zygote:
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors  # what the last process said
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", ZYGOTE, errors],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
-    def embed(self, *arguments: object, kill_after: float | None = None) -> tuple[int, float, int]:
-        """Exit status (negative: the signal), seconds, largest memory in KiB."""
+    def embed(self, *arguments: object, kill_after: float | None = None, largest: int = -1) -> tuple[int, float, int]:
+        """Exit status (negative: the signal), seconds, most memory in KiB. largest: bytes that a file can have."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([["embed", *map(str, arguments)], kill_after]) + "\n")
+        self.process.stdin.write(json.dumps([["embed", *map(str, arguments)], kill_after, largest]) + "\n")
         self.process.stdin.flush()
         return tuple(json.loads(self.process.stdout.readline()))
 
 
 @pytest.fixture(scope="module")
-def zygote():
-    made = Zygote()
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    made = Zygote(tmp_path_factory.mktemp("zygote") / "errors")
     yield made
     made.process.communicate()
 
@@ -646,6 +658,72 @@ def test_killed_at_any_moment(tmp_path, folder, zygote, ending, options):
     assert [name for name in names_in(tmp_path) if name != "x.fa"] == sorted([Path(whole).name, Path(parts).name])
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".h5", ".npz"])
+def test_an_output_that_grows_too_large(tmp_path, folder, zygote, ending):
+    """As on a full disk: by the system's own means, in whatever library writes at that moment."""
+    source, output = proteins(tmp_path / "x.fa", 120, 90), tmp_path / f"out{ending}"
+    arguments = (folder, source, output, "--per-residue", "--batch-tokens", 4)
+    assert zygote.embed(*arguments, largest=100_000)[0] == 1
+    said = zygote.errors.read_text().splitlines()
+    assert said[1].startswith("note: what is done stays in")
+    assert re.match(rf"error: {output} cannot be written: .*File too large", said[2]), said
+    assert len(said) == 3
+    assert names_in(tmp_path) == [f"out{ending}.unfinished", "x.fa"]
+    assert zygote.embed(*arguments)[0] == 0
+    assert names_in(tmp_path) == [f"out{ending}", "x.fa"]
+
+
+def test_a_chunk_is_one_process_at_a_time(tmp_path):
+    first, second = (work.Work(tmp_path / "w", {"a": 1}, {}, {}) for _ in range(2))
+    with first.claim(0, wait=False) as ours:
+        assert ours
+        with second.claim(0, wait=False) as theirs, second.claim(1, wait=False) as another:
+            assert (theirs, another) == (False, True)
+        first.write(0, pa.table({"id": ["a"]}), "digest")
+    with second.claim(0, wait=True) as theirs:
+        assert not theirs  # it is done
+    assert second.is_done(0, "digest")
+    assert not [name for name in names_in(tmp_path / "w") if name.startswith(".0")]
+
+
+def test_torchrun(biote, tmp_path, folder, expected, monkeypatch):
+    """Its processes by their environment: the second does what it finds, the first writes the output."""
+    source, output = fasta(tmp_path / "x.fa"), tmp_path / "o.parquet"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        status, out, err = biote("embed", folder, source, output, "--batch-tokens", 1)
+        first = rank == "0"
+        assert (status, out, err.count("\n")) == (0, f"wrote {output}\n" if first else "", int(first)), err
+        assert output.exists() == first
+    near(pd.read_parquet(output)["embedding"], expected["mean_2"])
+    assert "stdin cannot be shared by several processes" in biote("embed", folder, "-", tmp_path / "p.npz")[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"long": "truncate"}, {"long": "skip"}, {"long": "window"}])
+def test_progress_is_told_of_each_residue_once(tmp_path, folder, monkeypatch, options):
+    """By a fresh run, and by one that goes on where another stopped, whose residues count as done before."""
+    told: list[tuple[int, bool]] = []
+
+    @contextmanager
+    def progress(what: str, total: int, **rest: Any) -> Any:
+        told.clear()
+        yield lambda count, already=False: told.append((count, already))
+        assert sum(count for count, _ in told) == total
+
+    monkeypatch.setattr(embed_files, "progress", progress)
+    wanted = Wanted(max_residues=12, **options)
+    source = proteins(tmp_path / "x.fa", 30, 20)
+    embed_files.embed_file(job_of(folder, source, tmp_path / "a.parquet", wanted=wanted))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(Stopped):
+            embed_files.embed_file(job_of(folder, source, tmp_path / "b.parquet", wanted=wanted))
+    embed_files.embed_file(job_of(folder, source, tmp_path / "b.parquet", wanted=wanted))
+    assert [already for _, already in told][:2] == [True, False]
+
+
 def test_processes_share(biote, tmp_path, folder, monkeypatch, zygote):
     """Two give what one gives, byte for byte; so do they when one is killed amid its work."""
     source = proteins(tmp_path / "x.fa", 1500, 60)
@@ -684,12 +762,12 @@ def test_processes_share(biote, tmp_path, folder, monkeypatch, zygote):
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path, zygote):
-    """10^5 tiny sequences against 10^4."""
+    """Measured: 493 MB for 10^5, 490 MB for 3 * 10^5; with all items in a list it fails."""
     port = port_named("esm2")
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     port.classes["AutoModel"](port.config_class(engine="torch", **shape)).save_pretrained(tmp_path / "tiny")
     peaks = {}
-    for count in (10_000, 100_000):
+    for count in (30_000, 200_000):
         source = tmp_path / f"{count}.fa"
         source.write_text("".join(f">p{number}\nMKTA\n" for number in range(count)))
         status, _, peaks[count] = zygote.embed(
@@ -697,4 +775,4 @@ def test_memory_does_not_grow_with_the_input(tmp_path, zygote):
         )
         assert status == 0
         assert pq.read_metadata(tmp_path / f"{count}.parquet").num_rows == count
-    assert peaks[100_000] - peaks[10_000] < 30_000, peaks  # KiB
+    assert peaks[200_000] - peaks[30_000] < 16_000, peaks  # KiB

@@ -55,7 +55,10 @@ class _Run:
         try:
             self._work()
         except BaseException:
-            if not self.rank and not self.work.shards():  # nothing is lost, and other options can be given
+            if not self.rank and self.work.shards():
+                done = f"note: what is done stays in {self.work.folder}: the same command goes on from there"
+                print(done, file=sys.stderr, flush=True)
+            elif not self.rank:  # nothing is lost, and other options can be given
                 remove_folder(self.work.folder, self.output)
             raise
 

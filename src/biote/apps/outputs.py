@@ -3,6 +3,7 @@
 Shapes: B rows, N hidden size, L residues of one row.
 """
 
+import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,10 @@ def assemble(shards: list[Path], output: Path, about: dict[str, Any], obs: Any) 
     """
     writers = {".parquet": _parquet, ".h5": _h5, ".npz": _npz, ".h5ad": _h5ad}
     with new_file(output) as partial:
-        writers[kind_of(output)](shards, partial, about, obs)
+        try:
+            writers[kind_of(output)](shards, partial, about, obs)
+        except OSError as error:  # of a library that does not say where there is no room
+            raise OSError(f"{output} cannot be written: {error}") from error
 
 
 def _tables(shards: list[Path]) -> Iterator[pa.Table]:
@@ -92,7 +96,7 @@ def _parquet(shards: list[Path], partial: Path, about: dict[str, Any], obs: Any)
 
 def _h5(shards: list[Path], partial: Path, about: dict[str, Any], obs: Any) -> None:
     names = value_columns(pq.read_schema(shards[0]))
-    with h5py.File(partial, "w") as file:
+    with _Disk(partial) as disk, h5py.File(disk, "w") as file:
         file.attrs["model_name"], file.attrs["biote"] = about["model"], json.dumps(about)
         for one in _tables(shards):
             ids = one["id"].to_pylist()
@@ -102,6 +106,40 @@ def _h5(shards: list[Path], partial: Path, about: dict[str, Any], obs: Any) -> N
                     dataset = group.create_dataset(h5_name(key), data=array)
                     if h5_name(key) != key:
                         dataset.attrs["original_id"] = key
+                    if disk.error is not None:
+                        return
+
+
+class _Disk(io.FileIO):
+    """A file for HDF5, whose library does not survive a write that fails: the first such is raised at the end.
+
+    As h5py's file objects have it; what is written after that is lost.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content)
+        while self.error is None and len(rest):
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def __exit__(self, *raised: Any) -> None:
+        self.close()
+        if self.error is not None:
+            raise self.error
 
 
 def _npz(shards: list[Path], partial: Path, about: dict[str, Any], obs: Any) -> None:
