@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..data.batches import Budget, default_budget, packed, token_batches
+from ..data.batches import Budget, SequenceTooLongError, default_budget, packed, token_batches
 from ..data.sequences import Record
 from ..port import ModelPort, port_of
 from .variants import Variant
@@ -236,32 +236,35 @@ class Reader:
     def _run(self, passes: Iterable[Pass]) -> Iterator[tuple[Pass, np.ndarray]]:
         source = iter(passes)
         while planned := list(islice(source, PLANNED)):
-            lengths = [len(one.ids) for one in planned]
-            for rows in token_batches(lengths, self.budget.tokens):
-                for batch, found in self.budget.run(
-                    rows, lengths, lambda rows: self._step([planned[row] for row in rows])
-                ):
-                    ends = np.cumsum([len(one.reads) for one in batch])
-                    yield from zip(batch, np.split(found, ends[:-1]), strict=True)
+            try:
+                yield from self._run_planned(planned)
+            except SequenceTooLongError as error:
+                one = planned[error.row]
+                raise RuntimeError(
+                    f"{self.proteins[one.protein].id}: {len(one.ids):,} tokens at once do not fit into the memory of "
+                    f"{self.model.device}: choose shorter windows, or a smaller dtype"
+                ) from error
+
+    def _run_planned(self, planned: list[Pass]) -> Iterator[tuple[Pass, np.ndarray]]:
+        def step(rows: list[int]) -> tuple[list[Pass], np.ndarray]:
+            batch = [planned[row] for row in rows]
+            return batch, self._read(batch)
+
+        lengths = [len(one.ids) for one in planned]
+        for rows in token_batches(lengths, self.budget.tokens):
+            for batch, found in self.budget.run(rows, lengths, step):
+                ends = np.cumsum([len(one.reads) for one in batch])
+                yield from zip(batch, np.split(found, ends[:-1]), strict=True)
 
     @torch.inference_mode()
-    def _step(self, batch: list[Pass]) -> tuple[list[Pass], np.ndarray]:
-        """One batch through the model: log-probabilities of all its reads."""
+    def _read(self, batch: list[Pass]) -> np.ndarray:
+        """One batch through the model: log-probabilities float64 [R, A] at the reads of all its passes."""
         starts = np.cumsum([0, *(len(one.ids) for one in batch[:-1])])
         reads = [start + at for start, one in zip(starts, batch, strict=True) for at, _, _ in one.reads]
-        try:
-            logits = self.model(**packed([one.ids for one in batch], self.model.device)).logits[0]  # [T, V]
-        except torch.OutOfMemoryError as error:
-            if len(batch) > 1:
-                raise
-            name, length = self.proteins[batch[0].protein].id, len(batch[0].ids)
-            raise RuntimeError(
-                f"{name}: {length:,} tokens at once do not fit into the memory of {self.model.device}: "
-                "choose shorter windows, or a smaller dtype"
-            ) from error
+        logits = self.model(**packed([one.ids for one in batch], self.model.device)).logits[0]  # [T, V]
         logits = logits[torch.tensor(reads, device=logits.device)].double()  # [R, V]
         found = logits.log_softmax(-1)[:, self.residue_ids].logsumexp(-1)  # [R, A, states] -> [R, A]
-        return batch, found.cpu().numpy()
+        return found.cpu().numpy()
 
 
 def _marginals(reader: Reader, variants: Sequence[Variant], scoring: Scoring) -> np.ndarray:
