@@ -167,9 +167,8 @@ def test_a_folder_of_shards(biote, tmp_path, folder, expected):
         near(frame["embedding"], expected["mean_2"])
 
 
-@pytest.mark.filterwarnings("ignore:.*cells:UserWarning", "ignore:.*gene_ids:UserWarning")
-def test_cells(biote, tmp_path):
-    """obsm in the order of obs, NaN for a cell with nothing to read; the rest of the file's obs as it was."""
+def cells_in(folder: Path) -> tuple[Any, Any, pd.DataFrame]:
+    """A tiny Geneformer with its dictionaries, in folder/tiny; its tokenizer; the obs of folder/in.h5ad."""
     anndata = pytest.importorskip("anndata")
     from biote_geneformer import GeneformerTokenizer
 
@@ -178,14 +177,23 @@ def test_cells(biote, tmp_path):
     port = port_named("geneformer")
     config = port.config_class(engine="torch", vocab_size=48, max_position_embeddings=64, **SHAPE)
     model = randomize(port.classes["AutoModel"](config), 0).eval()
-    model.save_pretrained(tmp_path / "tiny")
+    model.save_pretrained(folder / "tiny")
     tokenizer = GeneformerTokenizer({name: at for at, name in enumerate(names)}, medians, "V2")
-    tokenizer.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
     counts = np.random.default_rng(0).poisson(1.0, (7, 20)).astype(np.float32)
     counts[:, 1] += 1
     counts[2] = 0
     obs = pd.DataFrame({"kind": list("abcabca")}, index=[f"c{number}" for number in range(7)])
-    anndata.AnnData(counts, obs, pd.DataFrame(index=names[4:24])).write_h5ad(tmp_path / "in.h5ad")
+    anndata.AnnData(counts, obs, pd.DataFrame(index=names[4:24])).write_h5ad(folder / "in.h5ad")
+    return model, tokenizer, obs
+
+
+@pytest.mark.filterwarnings("ignore:.*cells:UserWarning")
+def test_cells(biote, tmp_path):
+    """obsm in the order of obs, NaN for a cell with nothing to read; the rest of the file's obs as it was."""
+    model, tokenizer, obs = cells_in(tmp_path)
+    import anndata
+
     options = ("--pool", "mean,cls", "--layers", "0", "-1", "--batch-tokens", 1)
     done = biote("embed", tmp_path / "tiny", tmp_path / "in.h5ad", tmp_path / "out.h5ad", *options)
     assert done[0] == 0, done[2]
@@ -656,6 +664,17 @@ def test_killed_at_any_moment(tmp_path, folder, zygote, ending, options):
     assert killed
     assert content_of(Path(parts)) == content_of(Path(whole))
     assert [name for name in names_in(tmp_path) if name != "x.fa"] == sorted([Path(whole).name, Path(parts).name])
+
+
+def test_cells_on_a_full_disk(tmp_path, zygote):
+    cells_in(tmp_path)
+    arguments = (tmp_path / "tiny", tmp_path / "in.h5ad", tmp_path / "out.h5ad", "--batch-tokens", 1)
+    assert zygote.embed(*arguments, largest=8_000)[0] == 1
+    said = zygote.errors.read_text().splitlines()
+    assert re.match(rf"error: {tmp_path / 'out.h5ad'} cannot be written: .*File too large", said[-1]), said
+    assert not [line for line in said if "Traceback" in line]
+    assert names_in(tmp_path) == ["in.h5ad", "out.h5ad.unfinished", "tiny"]
+    assert zygote.embed(*arguments)[0] == 0
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".h5", ".npz"])

@@ -180,7 +180,9 @@ def _h5ad(shards: list[Path], partial: Path, about: dict[str, Any], obs: Any) ->
             whole = found.setdefault(name, np.full((len(obs), arrays.shape[1]), np.nan, arrays.dtype))
             whole[places] = arrays
     obsm = {"X_embedding" if name == "embedding" else f"X_{name}": array for name, array in found.items()}
-    anndata.AnnData(obs=obs, obsm=obsm, uns={"biote": json.dumps(about)}).write_h5ad(partial)
+    made = anndata.AnnData(obs=obs, obsm=obsm, uns={"biote": json.dumps(about)})
+    with _Disk(partial) as disk, h5py.File(disk, "w") as file:
+        anndata.io.write_elem(file, "/", made)
 
 
 def value_columns(schema: pa.Schema) -> list[str]:
