@@ -12,7 +12,7 @@ $(READY): pyproject.toml $(MODELS:%=%/pyproject.toml)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,release]" $(MODELS:%=-e ./%)
 	touch $@
 
-.PHONY: demo test test-gpu fuzz lint wheels release containers clean
+.PHONY: demo test test-gpu fuzz notebooks lint wheels release containers clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(FROM),--source $(FROM))
@@ -26,6 +26,9 @@ test-gpu:  # in the environment at hand, which has CUDA and TransformerEngine
 fuzz: $(READY)  # some minutes; SEED=N for other damages and moments than last time
 	$(BIN)/python fuzz/damage.py --runs 1500 --seed $(or $(SEED),0) --output docs/validation
 	$(BIN)/python fuzz/kills.py --runs 150 --exports 10 --seed $(or $(SEED),0) --output docs/validation
+
+notebooks: $(READY)  # of the examples that are written in cells
+	$(BIN)/python examples/make_notebooks.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
