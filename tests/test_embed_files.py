@@ -518,6 +518,22 @@ def test_a_latecomer_leaves_nothing(tmp_path, folder, monkeypatch):
     assert names_in(tmp_path) == ["o.parquet", "x.fa"]
 
 
+@pytest.mark.parametrize("name", ["o.parquet", "o/"])
+def test_the_same_command_given_twice(tmp_path, folder, monkeypatch, name):
+    """They share the work, and the slower one finds the output there."""
+    job, real = job_of(folder, fasta(tmp_path / "x.fa"), f"{tmp_path}/{name}"), embed_files._Run._pass
+
+    def both(self: Any, told: Any, only: Any) -> Any:
+        if only is not None:
+            monkeypatch.setattr(embed_files._Run, "_pass", real)
+            embed_files.embed_file(job)
+        return real(self, told, only)
+
+    monkeypatch.setattr(embed_files._Run, "_pass", both)
+    embed_files.embed_file(job)
+    assert names_in(tmp_path) == [name.rstrip("/"), "x.fa"]
+
+
 @pytest.mark.parametrize("name", ["o.parquet", "o.h5", "o.npz", "o/"])
 @pytest.mark.parametrize("shards", [0, 1, 99])
 def test_a_full_disk(biote, tmp_path, folder, monkeypatch, name, shards):
