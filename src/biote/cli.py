@@ -147,7 +147,7 @@ def embed(
     id_column: Annotated[str, typer.Option(help="of a table")] = "id",
     sequence_column: Annotated[str, typer.Option(help="of a table")] = "sequence",
     counts: Annotated[
-        str | None, typer.Option(help="where an .h5ad has its counts: a layer, or raw; default: X")
+        str | None, typer.Option(help="where an .h5ad has its counts: a layer, or raw/X; default: X")
     ] = None,
     gene_column: Annotated[str | None, typer.Option(help="of an .h5ad's var, with the names of its genes")] = None,
     port: PortName = None,
