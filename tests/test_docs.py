@@ -15,7 +15,7 @@ anndata = pytest.importorskip("anndata", reason="docs/cells.md is of AnnData; pi
 pytest.importorskip("matplotlib")
 
 GENES = [f"ENSG{number:011}" for number in range(44)]
-ELSEWHERE = ("torchrun", "--devices 0,1", "--ray", "pip ")  # what needs more than one CPU: tests of their own
+ELSEWHERE = ("torchrun", "--devices 0,1", "--ray", "protspace")  # what needs more than one CPU, or others' programs
 
 
 @pytest.fixture

@@ -157,6 +157,23 @@ def run_as_newcomer(command: list[str], text: str, folder: Path, environment: di
     assert done.returncode == 0, done.stderr
 
 
+def test_the_readmes_first_screen(tmp_path, hub_cache):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    run_as_newcomer(["bash", "-e"], readme_block("sh", "biote embed"), tmp_path, hub_cache)
+    assert len((tmp_path / "scan.csv").read_text().splitlines()) == 77
+    code = readme_block("python", "embeddings.parquet") + (
+        "import numpy\nassert numpy.stack(vectors).shape == (12, 64)\n"
+        "assert len(numpy.load('contacts.npz')['ids']) == 12\n"
+    )
+    run_as_newcomer([sys.executable, "-W", "error", "-"], code, tmp_path, hub_cache)
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/**/*.md")):
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in link or "{{" in link or (page.parent / link).exists(), f"{page}: {link}"
+
+
 def test_the_readme_loads_a_model(tmp_path, hub_cache):
     code = (
         readme_block("python", "from_original")
