@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -62,6 +64,7 @@ def test_a_scan_is_drawn_and_its_sites_ranked(root, tmp_path, tiny_original, bio
 
 def test_the_notebooks_are_made_of_the_scripts(root):
     pytest.importorskip("jupytext")
+    nbformat = pytest.importorskip("nbformat")
     spec = importlib.util.spec_from_file_location("make_notebooks", root / "examples" / "make_notebooks.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
@@ -73,3 +76,22 @@ def test_the_notebooks_are_made_of_the_scripts(root):
         cells = json.loads(committed)["cells"]
         assert {cell["cell_type"] for cell in cells} == {"markdown", "code"}
         assert not any(cell.get("outputs") for cell in cells)
+        nbformat.validate(nbformat.from_dict(json.loads(committed)))
+
+
+@pytest.mark.parametrize("name", ["embed_proteins", "score_scan"])
+def test_cells_run_where_there_is_no_command_line(root, tmp_path, monkeypatch, tiny_original, name, capsys):
+    """As Jupyter runs them: in the notebook's folder, without a file's name."""
+    plots = pytest.importorskip("matplotlib.pyplot")
+    shutil.copy(root / "examples" / "families.csv", tmp_path)
+    shutil.copytree(tiny_original, tmp_path / "esm2_t33_650M_UR50D")  # a folder has precedence over the tag
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    names = {}
+    for cell in json.loads((root / "examples" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["figure"].get_axes()
+    plots.close("all")
+    assert capsys.readouterr().out.startswith("esm2_t33_650M_UR50D on ")
