@@ -673,7 +673,7 @@ def test_killed_at_any_moment(tmp_path, folder, zygote, ending, options):
     assert status == 0
     killed = 0
     while not Path(parts).exists() or Path(f"{parts.rstrip('/')}.unfinished").exists():
-        kill_after = seconds * chance.uniform(0.2, 1.0) if killed < 8 else None
+        kill_after = seconds * chance.uniform(0.2, 1.0 if killed else 0.6) if killed < 8 else None
         status = zygote.embed(*common, parts, *options, "--batch-tokens", 4, kill_after=kill_after)[0]
         assert status in (0, -signal.SIGKILL)
         killed += status != 0
