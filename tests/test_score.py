@@ -341,7 +341,7 @@ def test_on_a_gpu(pair, method, engine, dtype):
     expected = pair.score(LONG_VARIANTS, LONG, method=method, window_tokens=20)
     model = convert_model(pair.port, pair.original, TE, {"engine": engine}).to("cuda", getattr(torch, dtype)).eval()
     found = replace(pair, model=model).score(LONG_VARIANTS, LONG, method=method, window_tokens=20)
-    np.testing.assert_allclose(found, expected, **(TOLERANCE if dtype == "float64" else {"rtol": 0, "atol": 1e-2}))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7 if dtype == "float64" else 1e-2)
 
 
 def test_windows_are_as_long_as_the_model_was_trained():

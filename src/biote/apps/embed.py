@@ -7,7 +7,7 @@ the special ones), L residues of one sequence, N hidden size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..data.sequences import Cleaner, Record
 from ..port import port_of
 from ..runtime.encoder import EncoderModel
 
+T = TypeVar("T")
 POOLS = ("mean", "max", "cls", "std")
 LONG = ("window", "truncate", "skip", "error")
 OVERLAP = 256  # residues that two windows share, if they are long enough
@@ -114,29 +115,26 @@ class Embedder:
         order: list[int] = []
         found: list[list[Tensor]] = [[] for _ in self.columns]  # on the device: the host does not wait for each batch
         with _mapping(short):
-            for batch, states in self._run([rows[place] for place in short], budget):
-                lengths = [len(rows[short[place]]) for place in batch]
+            for batch, made in self._run([rows[place] for place in short], budget, self._made):
                 order += [short[place] for place in batch]
-                self._add(found, states, lengths)
-                done(sum(lengths))
+                for column, values in zip(found, made, strict=True):
+                    column += values
+                done(sum(len(rows[short[place]]) for place in batch))
         for place, row in enumerate(rows):
             if self.is_long(len(row)):
                 with _mapping([place] * len(row)):
-                    states = self._stitched(row, budget)
+                    made = self._made(self._stitched(row, budget), [len(row)])
                 order.append(place)
-                self._add(found, states, [len(row)])
+                for column, values in zip(found, made, strict=True):
+                    column += values
                 done(len(row))
         return [self._on_host(column, order) for column in found]
 
-    def _add(self, found: list[list[Tensor]], states: list[_States], lengths: list[int]) -> None:
-        """Add to each column what is made of a batch: [W, N], or per residue [L, N] for each."""
-        columns = iter(found)
-        for one in states:
-            if self.wanted.per_residue:
-                next(columns).extend(one.residues.split(lengths))
-                continue
-            for name in self.wanted.pools:
-                next(columns).append(pool(name, one.first, one.residues, lengths))
+    def _made(self, states: list[_States], lengths: list[int]) -> list[list[Tensor]]:
+        """For each column what is made of a batch: one tensor [W, N], or per residue W of [L, N]."""
+        if self.wanted.per_residue:
+            return [list(one.residues.split(lengths)) for one in states]
+        return [[pool(name, one.first, one.residues, lengths)] for one in states for name in self.wanted.pools]
 
     def _on_host(self, column: list[Tensor], order: list[int]) -> list[np.ndarray]:
         on_host = [tensor.cpu().numpy() for tensor in column]
@@ -144,13 +142,16 @@ class Embedder:
         by_place = dict(zip(order, arrays, strict=True))
         return [by_place[place] for place in range(len(by_place))]
 
-    def _run(self, rows: Sequence[np.ndarray], budget: Budget) -> Iterator[tuple[list[int], list[_States]]]:
-        """Batches of rows, as their places, and the states of each layer asked for."""
+    def _run(
+        self, rows: Sequence[np.ndarray], budget: Budget, make: Callable[[list[_States], list[int]], T]
+    ) -> Iterator[tuple[list[int], T]]:
+        """Batches of rows, as their places, and what is made of the states of each layer and of the lengths."""
         special = len(self.before) + len(self.after)
         lengths = [len(row) + special for row in rows]
 
-        def step(batch: list[int]) -> tuple[list[int], list[_States]]:
-            return batch, self._states([np.concatenate((self.before, rows[place], self.after)) for place in batch])
+        def step(batch: list[int]) -> tuple[list[int], T]:
+            whole = [np.concatenate((self.before, rows[place], self.after)) for place in batch]
+            return batch, make(self._states(whole), [len(rows[place]) for place in batch])
 
         for planned in token_batches(lengths, budget.tokens):
             yield from budget.run(planned, lengths, step)
@@ -182,7 +183,7 @@ class Embedder:
         starts = [*range(0, len(row) - self.most, self.most - self.overlap), len(row) - self.most]
         sums: list[_States] = []
         counts = torch.zeros(len(row), 1, device=self.encoder.device)
-        for batch, states in self._run([row[start : start + self.most] for start in starts], budget):
+        for batch, states in self._run([row[start : start + self.most] for start in starts], budget, _as_they_are):
             if not sums:
                 sums = [_States(_zeros(one.first, 1), one.residues.new_zeros(len(row), self.width)) for one in states]
             for total, one in zip(sums, states, strict=True):
@@ -193,6 +194,10 @@ class Embedder:
             for place in batch:
                 counts[starts[place] : starts[place] + self.most] += 1
         return [_States(None if one.first is None else one.first / len(starts), one.residues / counts) for one in sums]
+
+
+def _as_they_are(states: list[_States], lengths: list[int]) -> list[_States]:
+    return states
 
 
 @contextmanager
