@@ -27,6 +27,7 @@ from biote.apps.embed_files import embed_file
 from biote.apps.embed_job import BATCHES_A_CHUNK, Job
 from biote.apps.items import Item, chunked
 from biote.data.batches import default_budget, packed, token_batches
+from biote.runtime.engine import why_not_te
 
 MEDIAN_LENGTH, SIGMA, MOST_RESIDUES = 270, 0.7, 1022
 RAGGED = (10, 1500)
@@ -112,6 +113,7 @@ def main(
     output: Annotated[Path, typer.Option()] = RESULTS / "embed_speed.json",
 ) -> None:
     """Measure, print, and write the result."""
+    why_not_te()  # TransformerEngine is imported first: beside cuDNN as torch has loaded it, it may fail
     device, kind = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
     texts = proteins(count, 0, ragged)
     few = texts[:plain_count]

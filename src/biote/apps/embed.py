@@ -178,12 +178,15 @@ class Embedder:
         return found
 
     def _stitched(self, row: np.ndarray, budget: Budget) -> list[_States]:
-        """The states of a long row: where windows overlap the mean of both, of the special token that of all."""
+        """The states of a long row: where windows overlap the mean of both, of the special token that of all.
+
+        They are on the host, which has the memory.
+        """
         assert self.most is not None
         starts = [*range(0, len(row) - self.most, self.most - self.overlap), len(row) - self.most]
         sums: list[_States] = []
-        counts = torch.zeros(len(row), 1, device=self.encoder.device)
-        for batch, states in self._run([row[start : start + self.most] for start in starts], budget, _as_they_are):
+        counts = torch.zeros(len(row), 1)
+        for batch, states in self._run([row[start : start + self.most] for start in starts], budget, _on_cpu):
             if not sums:
                 sums = [_States(_zeros(one.first, 1), one.residues.new_zeros(len(row), self.width)) for one in states]
             for total, one in zip(sums, states, strict=True):
@@ -196,8 +199,8 @@ class Embedder:
         return [_States(None if one.first is None else one.first / len(starts), one.residues / counts) for one in sums]
 
 
-def _as_they_are(states: list[_States], lengths: list[int]) -> list[_States]:
-    return states
+def _on_cpu(states: list[_States], lengths: list[int]) -> list[_States]:
+    return [_States(None if one.first is None else one.first.cpu(), one.residues.cpu()) for one in states]
 
 
 @contextmanager
