@@ -761,7 +761,7 @@ def test_progress_is_told_of_each_residue_once(tmp_path, folder, monkeypatch, op
 
 def test_processes_share(biote, tmp_path, folder, monkeypatch, zygote):
     """Two give what one gives, byte for byte; so do they when one is killed amid its work."""
-    source = proteins(tmp_path / "x.fa", 1500, 60)
+    source = proteins(tmp_path / "x.fa", 500, 60)
     assert zygote.embed(folder, source, tmp_path / "one.npz", "--batch-tokens", 4)[0] == 0
     expected = (tmp_path / "one.npz").read_bytes()
     others, real = [], workers._start
@@ -790,7 +790,8 @@ def test_processes_share(biote, tmp_path, folder, monkeypatch, zygote):
         others.clear()
         name = tmp_path / f"two{kill}.npz"
         status, out, err = biote("embed", folder, source, name, "--batch-tokens", 4, "--devices", "cpu,cpu")
-        assert (status, out, err.count("\n")) == (0, f"wrote {name}\n", 1), err
+        said = [line for line in err.splitlines() if not line.startswith("embedding: ")]  # how far it is, if slow
+        assert (status, out, len(said)) == (0, f"wrote {name}\n", 1), err
         assert name.read_bytes() == expected
     assert their_chunks == [True, True]
     assert names_in(tmp_path) == ["one.npz", "twoFalse.npz", "twoTrue.npz", "x.fa"]
