@@ -761,6 +761,9 @@ def test_progress_is_told_of_each_residue_once(tmp_path, folder, monkeypatch, op
 
 def test_processes_share(biote, tmp_path, folder, monkeypatch, zygote):
     """Two give what one gives, byte for byte; so do they when one is killed amid its work."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the zygote's: another number of threads sums in another order
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     source = proteins(tmp_path / "x.fa", 500, 60)
     assert zygote.embed(folder, source, tmp_path / "one.npz", "--batch-tokens", 4)[0] == 0
     expected = (tmp_path / "one.npz").read_bytes()
@@ -793,6 +796,7 @@ def test_processes_share(biote, tmp_path, folder, monkeypatch, zygote):
         said = [line for line in err.splitlines() if not line.startswith("embedding: ")]  # how far it is, if slow
         assert (status, out, len(said)) == (0, f"wrote {name}\n", 1), err
         assert name.read_bytes() == expected
+    torch.set_num_threads(threads)
     assert their_chunks == [True, True]
     assert names_in(tmp_path) == ["one.npz", "twoFalse.npz", "twoTrue.npz", "x.fa"]
 
