@@ -1,5 +1,6 @@
 """Commands and Python of the pages on jobs, from top to bottom, with tiny models in place of the published ones."""
 
+import gc
 import json
 import re
 import shlex
@@ -16,6 +17,15 @@ pytest.importorskip("matplotlib")
 
 GENES = [f"ENSG{number:011}" for number in range(44)]
 ELSEWHERE = ("torchrun", "--devices 0,1", "--ray", "protspace")  # what needs more than one CPU, or others' programs
+
+
+@pytest.fixture(autouse=True)
+def _files_of_the_pages_are_closed():
+    """A page's short Python leaves the files of numpy.load to the garbage collector, which is no fault of ours."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
