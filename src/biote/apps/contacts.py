@@ -19,6 +19,7 @@ from ..files import check_destination, new_file, new_folder
 from ..loading import load
 from ..port import ModelPort, installed_ports
 from .embed import encoder_of, special_ids, tokenize, tokenizer_of
+from .plotting import require_matplotlib
 from .progress import progress
 
 IDS = "ids"  # the array of an .npz that says which others there are
@@ -90,7 +91,7 @@ def contacts_file(
     check_destination(output)
     pictures = output.with_suffix("")
     if plot:
-        _check_matplotlib()
+        require_matplotlib("pictures (--plot) need")
         check_destination(pictures)
     records = list(read_records(fasta))
     _check_ids([record.id for record in records], plot)
@@ -174,10 +175,3 @@ def _check_port(port: ModelPort) -> None:
 def _no_contacts(name: str) -> str:
     able = [p.title for p in installed_ports().values() if hasattr(p.classes.get("AutoModel"), "predict_contacts")]
     return f"{name} predicts no contacts; of the ports installed, these do: {', '.join(able) or 'none'}"
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("pictures (--plot) need matplotlib: pip install 'biote[plot]'") from error

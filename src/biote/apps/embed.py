@@ -114,20 +114,21 @@ class Embedder:
         budget = Budget(self.batch_tokens)  # anew, so that what was before makes no difference
         order: list[int] = []
         found: list[list[Tensor]] = [[] for _ in self.columns]  # on the device: the host does not wait for each batch
+
+        def keep(places: list[int], made: list[list[Tensor]]) -> None:
+            order.extend(places)
+            for column, values in zip(found, made, strict=True):
+                column += values
+            done(sum(len(rows[place]) for place in places))
+
         with _mapping(short):
             for batch, made in self._run([rows[place] for place in short], budget, self._made):
-                order += [short[place] for place in batch]
-                for column, values in zip(found, made, strict=True):
-                    column += values
-                done(sum(len(rows[short[place]]) for place in batch))
+                keep([short[place] for place in batch], made)
         for place, row in enumerate(rows):
             if self.is_long(len(row)):
                 with _mapping([place] * len(row)):
                     made = self._made(self._stitched(row, budget), [len(row)])
-                order.append(place)
-                for column, values in zip(found, made, strict=True):
-                    column += values
-                done(len(row))
+                keep([place], made)
         return [self._on_host(column, order) for column in found]
 
     def _made(self, states: list[_States], lengths: list[int]) -> list[list[Tensor]]:

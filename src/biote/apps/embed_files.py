@@ -93,7 +93,7 @@ class _Run:
         with closing(_ahead(self._claimed(told, only, elsewhere))) as claimed:
             for chunk, rows, held in claimed:
                 with held:
-                    self.work.write(chunk.number, self.session.make(self.embedder, chunk, rows, told), chunk.digest())
+                    self.work.write(chunk.number, self.session.make(self.embedder, chunk, rows, told), chunk.digest)
         return elsewhere
 
     def _claimed(
@@ -104,7 +104,7 @@ class _Run:
             self.count = max(self.count, chunk.number + 1)
             if only is not None and chunk.number not in only:
                 continue
-            if self.work.is_done(chunk.number, chunk.digest()):
+            if self.work.is_done(chunk.number, chunk.digest):
                 told(chunk.residues, already=True)
                 continue
             held = ExitStack()

@@ -17,7 +17,6 @@ import torch
 
 from ..convert import locate
 from ..data.batches import SequenceTooLongError, default_budget
-from ..files import unchanged
 from ..loading import load
 from ..port import Json, ModelPort, port_of
 from .embed import Embedder, Wanted, encoder_of, states_kept
@@ -91,11 +90,9 @@ class Session:
     def __init__(self, job: Job, device: str | None = None):
         self.job = job
         self.folder = locate(job.model, job.revision, job.subfolder)
-        with unchanged(self.folder):
-            loaded = load(
-                self.folder, "embedding", engine=job.engine, dtype=job.dtype, device=device, port_name=job.port_name
-            )
-        self.model, self.tokenizer = loaded
+        self.model, self.tokenizer = load(
+            self.folder, "embedding", engine=job.engine, dtype=job.dtype, device=device, port_name=job.port_name
+        )
         self.encoder = encoder_of(self.model)
         self.weights = _fingerprint(self.folder, self.encoder)
         port = port_of(type(self.model))

@@ -62,7 +62,7 @@ def embed_on_ray(job: Job, address: str, workers: int) -> None:
         missing, chunks = [], 0
         for chunk in driver.chunks(items, embedder):
             chunks += 1
-            if place.is_done(chunk.number, chunk.digest()):
+            if place.is_done(chunk.number, chunk.digest):
                 told(chunk.residues, already=True)
             else:
                 place.stage(chunk, items.rows(chunk.items))
@@ -149,7 +149,7 @@ class _Place:
             "place": pa.array([item.place for item in chunk.items], pa.int64()),
             "tokens": pa.array(rows, pa.list_(pa.int32())),
         }
-        self.write(f"{STAGED}/{chunk.number:06}.parquet", shard(pa.table(columns), {}, chunk.digest()))
+        self.write(f"{STAGED}/{chunk.number:06}.parquet", shard(pa.table(columns), {}, chunk.digest))
 
     def staged(self, number: int) -> tuple[Chunk, list[np.ndarray], str]:
         """A chunk that was laid out, its token ids, and the digest of what it was made of."""

@@ -5,6 +5,7 @@ L: residues of a sequence, or genes of a cell.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,6 +108,7 @@ class Chunk:
     def residues(self) -> int:
         return sum(map(len, self.items))
 
+    @cached_property
     def digest(self) -> str:
         """Of ids and contents: whether an input is the one that a finished chunk was made of."""
         hashed = blake2b(digest_size=16)

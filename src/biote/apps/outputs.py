@@ -57,10 +57,9 @@ def table(items: Sequence[Item], columns: dict[str, list[np.ndarray]], dtype: st
             ends = np.cumsum([len(array) if array.ndim == 2 else 1 for array in arrays])
             row = int(np.argmin(np.isfinite(stored).all(1)))
             odd = items[int(np.searchsorted(ends, row, side="right"))].id
-            whose = "the model gives" if not np.isfinite(flat).all() else f"{dtype} cannot hold what the model gives"
-            raise ValueError(
-                f"{whose} for {odd}: " + ("NaN or infinite numbers" if whose == "the model gives" else "store float32")
-            )
+            if not np.isfinite(flat).all():
+                raise ValueError(f"the model gives for {odd}: NaN or infinite numbers")
+            raise ValueError(f"{dtype} cannot hold what the model gives for {odd}: store float32")
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), flat.shape[1])
         if arrays[0].ndim == 2:
             ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)

@@ -18,6 +18,7 @@ from rich.progress import track
 from ..data.batches import Budget, SequenceTooLongError, default_budget, packed, token_batches
 from ..data.sequences import Record
 from ..port import ModelPort, port_of
+from .embed import encoder_of
 from .variants import Variant
 from .windows import RULES, SHORTEST, Weighted, whole
 
@@ -132,8 +133,7 @@ class Residues:
         port = port_of(type(model))
         if port is None or type(model) is not port.classes.get("AutoModelForMaskedLM"):
             raise ValueError(f"{type(model).__name__} is no masked language model of a port")
-        if model.training:
-            raise ValueError("the model is in training mode, with dropout: call model.eval() first")
+        encoder_of(model)  # which is in eval mode, or it says so
         return cls.of_port(port, tokenizer)
 
     @classmethod

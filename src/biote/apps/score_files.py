@@ -16,6 +16,7 @@ from ..convert import locate, read_identity
 from ..data.sequences import Cleaner, Record, read_records
 from ..files import check_destination, new_file
 from ..loading import load
+from .plotting import require_matplotlib
 from .score import AMINO_ACIDS, Residues, Scoring, score, window_of
 from .variants import Table, Variant, read_table, read_variants, scan_of
 
@@ -105,7 +106,7 @@ def scan_file(
     _check_output(output, (".csv", ".parquet"))
     picture = output.with_suffix(".png")
     if plot:
-        _check_plot()
+        require_matplotlib("a heat map needs")
         _check_output(picture, (".png",))
     sources, notes = _sources(models, fasta)
     proteins = sources[0].proteins
@@ -210,13 +211,6 @@ def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _check_plot() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("a heat map needs matplotlib: pip install 'biote[plot]'") from error
 
 
 def heat_map(path: Path, sequence: str, matrix: np.ndarray, offset: int, title: str) -> None:

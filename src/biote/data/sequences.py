@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, TextIO
 
 import pyarrow.parquet as pq
@@ -152,8 +153,8 @@ class Cleaner:
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        vocabulary, letters = self.tokenizer.get_vocab(), [chr(code) for code in range(ord("A"), ord("Z") + 1)]
-        foreign = [letter for letter in letters if letter not in vocabulary]
+        vocabulary = self.tokenizer.get_vocab()
+        foreign = [letter for letter in ascii_uppercase if letter not in vocabulary]
         self._has_x = UNKNOWN_RESIDUE in vocabulary
         self._foreign = re.compile(f"[{''.join(foreign)}]") if foreign else None
 

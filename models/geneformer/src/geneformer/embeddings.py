@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from biote.data.batches import packed
 from biote.runtime.encoder import EncoderModel
 
 from .special_tokens import special_tokens
@@ -88,12 +89,15 @@ def hidden_states(
         while end < len(cells) and size + len(cells[end]) <= batch_tokens:
             size, end = size + len(cells[end]), end + 1
         lengths = torch.tensor([len(cell) for cell in cells[start:end]])
-        ids = torch.from_numpy(np.concatenate(cells[start:end]).astype(np.int64)).to(model.device)
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(model.device)
+        batch = packed(cells[start:end], model.device)
         with torch.inference_mode():
-            output = encoder(ids[None], cu_seq_lens_q=bounds, output_hidden_states=layer != -1, return_dict=True)
+            output = encoder(**batch, output_hidden_states=layer != -1, return_dict=True)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        yield ids, torch.repeat_interleave(torch.arange(end - start), lengths).to(model.device), states[0].float()
+        yield (
+            batch["input_ids"][0],
+            torch.repeat_interleave(torch.arange(end - start), lengths).to(model.device),
+            states[0].float(),
+        )
         start = end
 
 
